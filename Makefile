@@ -1,0 +1,55 @@
+# Two commands do everything: `make demo` and `make test`.
+# A machine with its own torch (CUDA): pip install -e . instead, see docs/gpu.md.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Taken when make starts, so that the demo's time holds the installation.
+START := $(shell date +%s)
+export DS_ACCELERATOR ?= cpu
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+CODE := megagpt tools launch tests
+FAST_TESTS := $(wildcard tests/unit tests/distributed tests/parity)
+
+.PHONY: help venv ops demo test test-slow lint format clean
+
+help:
+	@echo "make demo       train a small GPT on Shakespeare on two CPU processes, from nothing"
+	@echo "make test       lint and the fast tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
+	@echo "make ops        compile DeepSpeed's CPU ops"
+	@echo "make clean      remove caches and build folders; data, runs and .venv stay"
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python is %s, needed is 3.10 or newer; run make PYTHON=python3.11" % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+ops: venv
+	$(BIN)/python tools/prebuild_ops.py
+
+demo: venv
+	$(BIN)/python tools/demo.py --start_time $(START)
+
+test: lint ops
+	$(BIN)/python -m pytest -q -m "not slow" $(FAST_TESTS)
+
+test-slow: ops
+	$(BIN)/python -m pytest -q -m slow tests
+
+lint: venv
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""Pretraining of GPT models under DeepSpeed, from one laptop CPU to many nodes, with one command line."""
+
+__version__ = "0.1.0"

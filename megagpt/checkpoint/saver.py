@@ -1,0 +1,106 @@
+"""Saving and loading a run: DeepSpeed's own files in a step folder that appears only when whole.
+
+The two functions are the room's face. Optimizer state is DeepSpeed's and is tied to the layout
+that wrote it; `weights.safetensors` holds the fp32 weights by canonical name, for inference.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megagpt.checkpoint.state import CheckpointState, step_directory, write_state
+from megagpt.checkpoint.weights import WEIGHTS_FILE, gather_weights
+
+_ENGINE_TAG = "engine"
+
+
+def _agree(error: OSError | None) -> None:
+    """Raises on every rank if any rank failed, so that none waits for another."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    failed = [f"rank {rank}: {m}" for rank, m in enumerate(messages) if m is not None]
+    if failed:
+        raise OSError(
+            f"checkpoint not saved ({'; '.join(failed)}); free space or name a writable --output_dir; "
+            "earlier checkpoints are untouched"
+        )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, checkpoints: Path, state: CheckpointState
+) -> Path:
+    """Writes a step folder; a collective.
+
+    Every rank writes its shard into a staging folder; when all have succeeded, rank 0 renames it.
+    A kill at any moment leaves either the whole step folder or none.
+
+    Returns:
+        The step folder.
+
+    Raises:
+        OSError: On every rank, if any rank could not write.
+    """
+    rank = dist.get_rank()
+    target = step_directory(checkpoints, state.step)
+    staging = checkpoints / f".staging_{target.name}"
+    error: OSError | None = None
+    if rank == 0:
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        except OSError as caught:
+            error = caught
+    _agree(error)
+    try:
+        engine.save_checkpoint(str(staging), tag=_ENGINE_TAG, save_latest=False)
+    except (OSError, RuntimeError) as caught:  # torch.save reports a full disk as RuntimeError
+        error = OSError(str(caught))
+    _agree(error)
+    # Gathered one by one; only rank 0 keeps them, in host memory.
+    weights = gather_weights(engine, keep=rank == 0)
+    if rank == 0:
+        try:
+            save_file(weights, str(staging / WEIGHTS_FILE))
+            for script in staging.glob("*.py"):
+                script.unlink()  # DeepSpeed drops conversion scripts; nothing here is to be run
+            write_state(staging, state)
+            for path in [*staging.rglob("*"), staging]:
+                _flush(path)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(staging, target)
+            _flush(checkpoints)
+        except OSError as caught:
+            error = caught
+    _agree(error)
+    return target
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, directory: Path) -> None:
+    """Restores weights and optimizer of the same layout, to the last bit; a collective.
+
+    Args:
+        engine: Built for the layout that `refuse_other_run` has accepted.
+        directory: A step folder.
+
+    Raises:
+        ValueError: If DeepSpeed finds nothing to load there.
+    """
+    loaded, _ = engine.load_checkpoint(str(directory), tag=_ENGINE_TAG, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise ValueError(f"{directory} holds no state of the engine; resume from an older step_* folder")
+    torch.distributed.barrier()

@@ -1,0 +1,1 @@
+"""Typed configuration, command line, presets and the DeepSpeed JSON."""

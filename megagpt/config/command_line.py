@@ -1,0 +1,370 @@
+"""The command line: preset, then YAML files, then flags, into one checked `Config`.
+
+jsonargparse types each value and prints the help; merging is done here, because the source of each
+value is kept. Knows nothing of torch. Next file: `deepspeed_config.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml  # type: ignore[import-untyped]
+
+from megagpt.config.deepspeed_config import DEFAULT_DS_CONFIG, read_ds_config
+from megagpt.config.presets import PRESETS
+from megagpt.config.schema import Config
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+TRACEBACK_VARIABLE = "MEGAGPT_TRACEBACK"
+"""Environment variable; 1 shows the traceback of an error too."""
+
+_VALUE_OPTIONS = ("config", "preset", "ds_config", "local_rank", "local-rank")
+_SWITCHES = ("print_config", "help")
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong; the exit code is 2."""
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> int:
+    """Runs a command on `sys.argv` and turns a user's error into one line on stderr.
+
+    With MEGAGPT_TRACEBACK=1 in the environment the traceback is shown as well.
+
+    Args:
+        main: Takes the arguments, returns an exit code or None for 0.
+
+    Returns:
+        The exit code: main's, 1 for an error, 2 for a wrong command line, 130 when interrupted.
+    """
+    try:
+        return main(sys.argv[1:]) or 0
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, KeyboardInterrupt):
+            return EXIT_INTERRUPTED
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The parser of one flag for every setting; it types values and prints the help."""
+    parser = jsonargparse.ArgumentParser(
+        usage="%(prog)s [--config RUN.yaml] [--ds_config DS.json] [--preset NAME] "
+        "[--SECTION.KEY VALUE ...]",
+        description="Settings: preset, then YAML files in order, then flags; the last one wins.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", metavar="RUN.yaml", help="YAML file of settings; repeatable")
+    parser.add_argument("--preset", choices=list(PRESETS), help="model shape to start from")
+    parser.add_argument("--ds_config", metavar="DS.json", help="DeepSpeed JSON; default ZeRO-1")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved YAML and stop"
+    )
+    groups: dict[str, Any] = {"": parser}
+    for key, leaf in _leaves().items():
+        section = key.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        # argparse takes % as a format.
+        groups[section].add_argument(
+            f"--{key}", type=leaf.type, default=leaf.default, help=leaf.help.replace("%", "%%")
+        )
+    return parser
+
+
+def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str]]:
+    """Reads a command line.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Returns:
+        The configuration; the DeepSpeed JSON as it was written (ZeRO-1 if none was named); the
+        source of each dotted key: `default`, `preset NAME`, `file PATH` or `flag --KEY`. Under
+        `ds_config` the sources hold the path of the JSON.
+
+    Raises:
+        UsageError: An unknown flag, a flag without value, a value of the wrong type.
+        ValueError: A wrong key or value in a file, or settings that do not fit together.
+        SystemExit: After `--help` and `--print_config`.
+    """
+    options = _split_arguments(argv)
+    if any(name == "help" for name, _ in options):
+        build_parser().print_help()
+        raise SystemExit(0)
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(_leaves(), "default")
+
+    def merge(layer: Mapping[str, Any], source: str) -> None:
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+
+    for _, name in (o for o in options if o[0] == "preset"):
+        if name not in PRESETS:
+            raise UsageError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}")
+        shape = dataclasses.asdict(PRESETS[name])
+        merge({f"model.{k}": v for k, v in shape.items()}, f"preset {name}")
+    for _, path in (o for o in options if o[0] == "config"):
+        merge(_typed(_flatten(_read_yaml(path), where=path), where=path), f"file {path}")
+    for key, text in (o for o in options if o[0] in sources):
+        merge({key: _typed_flag(key, text)}, f"flag --{key}")
+    config = _build(values)
+    if any(name == "print_config" for name, _ in options):
+        print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    ds_config_path = next((v for name, v in reversed(options) if name == "ds_config"), None)
+    sources["ds_config"] = ds_config_path or "default"
+    ds_config = read_ds_config(ds_config_path) if ds_config_path else dict(DEFAULT_DS_CONFIG)
+    return config, ds_config, sources
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, fit for YAML and JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `config_to_dict`; absent keys take their defaults.
+
+    Raises:
+        ValueError: An unknown key, a value of the wrong type, or settings that do not fit together.
+    """
+    where = "the saved configuration"
+    return _build(_typed(_flatten(values, where=where), where=where))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    type: Any
+    default: Any
+    help: str
+
+
+@lru_cache(maxsize=1)
+def _leaves() -> dict[str, _Leaf]:
+    """Every setting by its dotted key, in the order of the schema."""
+    leaves: dict[str, _Leaf] = {}
+
+    def walk(owner: type, prefix: str) -> None:
+        types, texts = typing.get_type_hints(owner), _field_docstrings(owner)
+        for field in dataclasses.fields(owner):
+            kind = types[field.name]
+            if dataclasses.is_dataclass(kind):
+                walk(typing.cast(type, kind), f"{prefix}{field.name}.")
+            else:
+                leaves[prefix + field.name] = _Leaf(kind, field.default, texts.get(field.name, ""))
+
+    walk(Config, "")
+    return leaves
+
+
+def _field_docstrings(owner: type) -> dict[str, str]:
+    """The string under each field, which Python itself does not keep."""
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(owner)).body[0]).body
+    return {
+        field.target.id: str(text.value.value)
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
+@lru_cache(maxsize=1)
+def _parser() -> jsonargparse.ArgumentParser:
+    return build_parser()
+
+
+def _split_arguments(argv: list[str]) -> list[tuple[str, str]]:
+    """Pairs of name and text; a switch has an empty text."""
+    known = [*_leaves(), *_VALUE_OPTIONS, *_SWITCHES]
+    pairs: list[tuple[str, str]] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "-h":
+            argument = "--help"
+        name, equals, text = argument[2:].partition("=")
+        if not argument.startswith("--"):
+            raise UsageError(
+                f"unexpected argument '{argument}'; give settings as --section.key VALUE"
+            )
+        if name not in known:
+            hint = _did_you_mean(name, known, "--") or "; --help lists all flags"
+            raise UsageError(f"unknown flag '--{name}'{hint}")
+        if name in _SWITCHES:
+            if equals:
+                raise UsageError(f"--{name} takes no value; write it without '={text}'")
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UsageError(f"--{name} has no value; give one after it")
+            text = rest.pop(0)
+        pairs.append((name, text))
+    return pairs
+
+
+def _did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """A hint with the nearest name, or an empty text."""
+    candidates = list(candidates)
+    near = difflib.get_close_matches(name, candidates, n=1)
+    if not near:
+        # The key may be right and its section wrong or forgotten.
+        by_key = {c.rpartition(".")[2]: c for c in candidates}
+        keys = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1, cutoff=0.8)
+        near = [by_key[k] for k in keys]
+    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys: set[Any] = set()
+        scalars = [k for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        for key_node in scalars:
+            key = key_node.value
+            if key in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' is given twice", key_node.start_mark
+                )
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> Mapping[str, Any]:
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)  # noqa: S506
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; name a YAML file for --config") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}{line} is not valid YAML: {problem}; correct it") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds a {type(values).__name__}, not sections of settings; "
+            "write 'model:' and its keys below"
+        )
+    return values
+
+
+def _flatten(values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
+    """Dotted keys of known settings.
+
+    Raises:
+        ValueError: For an unknown key, with the nearest name, or a section that is not one.
+    """
+    leaves = _leaves()
+    sections = {key.partition(".")[0] for key in leaves if "." in key}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in sections and value is None:
+            continue
+        if name in sections and not isinstance(value, Mapping):
+            raise ValueError(
+                f"section '{name}' in {where} is {value!r}, not keys with values; "
+                f"write '{name}:' and its keys below"
+            )
+        nested = value.items() if isinstance(value, Mapping) and name not in leaves else None
+        items = [(f"{name}.{k}", v) for k, v in nested] if nested is not None else [(name, value)]
+        if nested is not None and name not in sections:
+            hint = _did_you_mean(str(name), sections)
+            hint = hint or f"; the sections are {', '.join(sorted(sections))}"
+            raise ValueError(f"unknown section '{name}' in {where}{hint}")
+        for key, leaf_value in items:
+            if key not in leaves:
+                hint = _did_you_mean(str(key), leaves) or "; --help lists all keys"
+                raise ValueError(f"unknown key '{key}' in {where}{hint}")
+            flat[key] = leaf_value
+    return flat
+
+
+def _typed(flat: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Converts values from a file to the types of the schema."""
+    typed: dict[str, Any] = {}
+    for key, value in flat.items():
+        try:
+            typed[key] = _finite(_parser().parse_object({key: value}, defaults=False)[key])
+        except (jsonargparse.ArgumentError, ValueError):
+            raise ValueError(
+                f"{key}={value!r} in {where} has the wrong type; "
+                f"give {_describe(_leaves()[key].type)}"
+            ) from None
+    return typed
+
+
+def _typed_flag(key: str, text: str) -> Any:
+    try:
+        return _finite(_parser().parse_args([f"--{key}={text}"], defaults=False)[key])
+    except (jsonargparse.ArgumentError, ValueError):
+        raise UsageError(
+            f"--{key}={text} has the wrong type; give {_describe(_leaves()[key].type)}"
+        ) from None
+
+
+def _finite(value: Any) -> Any:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{number} is not finite")
+    return value
+
+
+def _describe(kind: Any) -> str:
+    """What to write for a type, in words."""
+    if kind is type(None):
+        return "null"
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(arguments)
+    if origin is tuple:
+        return f"{len(arguments)} numbers, such as [0.9, 0.95]"
+    if arguments:
+        return " or ".join(_describe(a) for a in arguments)
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    return names[kind]
+
+
+def _build(flat: Mapping[str, Any]) -> Config:
+    """Constructs the sections, whose own checks then run."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    types = typing.get_type_hints(Config)
+    built = {s: types[s](**values) for s, values in sections.items() if s}
+    return Config(**built, **sections.get("", {}))

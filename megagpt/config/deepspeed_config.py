@@ -1,0 +1,459 @@
+"""One owner for every value: brings the DeepSpeed JSON and the typed configuration together.
+
+Shared keys are filled in, kept when equal, refused when different; all faults are reported at once.
+Imports nothing of DeepSpeed. Next file: `deepspeed_keys.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megagpt.config.deepspeed_keys import (
+    ACCEPTED_KEYS,
+    AUTO,
+    REFUSED_KEYS,
+    STAGE3_KEYS,
+    Kind,
+    describe_kind,
+    matches_kind,
+)
+from megagpt.config.schema import Config
+
+DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+"""Used when no JSON is named: the least ZeRO that trains in every precision."""
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ResolvedDeepSpeedConfig:
+    """What `deepspeed.initialize` is given, and where each value came from."""
+
+    values: dict[str, Any]
+    """The JSON without `"auto"`, optimizer and scheduler."""
+    sources: dict[str, str]
+    """By dotted key: `ds_config` (stated), `config` (copied), `derived` (computed) or `default`."""
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON.
+
+    Raises:
+        ValueError: If it is not one JSON object, or a key stands twice in it.
+        OSError: If it cannot be read.
+    """
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"{path} gives the key '{key}' twice; keep one of them")
+            values[key] = value
+        return values
+
+    def no_constant(text: str) -> float:
+        raise ValueError(f"{path} holds {text}, which is not JSON; give a finite number")
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; name a JSON file for --ds_config") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} line {error.lineno} column {error.colno} is not valid JSON: {error.msg}; "
+            "correct it"
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds a {type(values).__name__}, not an object; write {{...}} around its keys"
+        )
+    return values
+
+
+def resolve_ds_config(
+    config: Config,
+    ds_config: dict[str, Any],
+    *,
+    data_parallel_size: int,
+    ds_config_path: str,
+    device: Device,
+) -> ResolvedDeepSpeedConfig:
+    """Fills the DeepSpeed JSON from the typed configuration and refuses what does not fit.
+
+    Args:
+        config: The typed configuration; owns batch, precision, clipping, optimizer and schedule.
+        ds_config: The JSON as it was written; owns ZeRO, offload and communication. Not modified.
+        data_parallel_size: Ranks that see different samples.
+        ds_config_path: Name of the JSON in error messages.
+        device: What the run trains on.
+
+    Returns:
+        The values for `deepspeed.initialize`, with the source of each.
+
+    Raises:
+        ValueError: One line with every unknown key, wrong value, conflict and unsupported
+            combination.
+    """
+    resolver = _Resolver(ds_config)
+    resolver.check_keys(resolver.values, ACCEPTED_KEYS, prefix="")
+    _fill_batch(resolver, config, data_parallel_size)
+    _fill_precision(resolver, config)
+    _fill_optimizer(resolver, config)
+    _fill_zero(resolver, config)
+    for path, value in _leaves(resolver.values):
+        if value == AUTO:
+            resolver.problems.append(
+                f'{path}="auto" cannot be filled in; give a value or remove the key'
+            )
+    for refuse in REFUSALS:
+        reason = refuse(config, resolver.values, device)
+        if reason:
+            resolver.problems.append(reason)
+    if resolver.problems:
+        raise ValueError(f"{ds_config_path}: " + "; ".join(resolver.problems))
+    for section in ("optimizer", "scheduler"):
+        # The trainer hands its own objects in; DeepSpeed would silently ignore these.
+        resolver.values.pop(section, None)
+    stated = {path: resolver.sources.get(path, "ds_config") for path, _ in _leaves(resolver.values)}
+    return ResolvedDeepSpeedConfig(values=resolver.values, sources=stated)
+
+
+def format_resolved_table(
+    config: Config, config_sources: dict[str, str], resolved: ResolvedDeepSpeedConfig
+) -> str:
+    """An aligned table of every key, its value and its source, the DeepSpeed JSON's keys last.
+
+    A default that was filled in after parsing (the vocabulary, from the data) counts as derived.
+    """
+    defaults = dict(_leaves(dataclasses.asdict(Config())))
+    rows = [("key", "value", "source")]
+    for key, value in _leaves(dataclasses.asdict(config)):
+        source = config_sources.get(key, "default")
+        if source == "default" and value != defaults[key]:
+            source = "derived"
+        rows.append((key, _show(value), source))
+    json_source = config_sources.get("ds_config", "ds_config")
+    for key, value in _leaves(resolved.values):
+        source = resolved.sources[key]
+        if source == "ds_config":
+            source = f"ds_config {json_source}"
+        rows.append((f"ds_config.{key}", _show(value), source))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{k:<{widths[0]}}  {v:<{widths[1]}}  {s}" for k, v, s in rows)
+
+
+class _Resolver:
+    """The JSON while it is being resolved, with the faults found so far."""
+
+    def __init__(self, ds_config: dict[str, Any]) -> None:
+        self.values = copy.deepcopy(ds_config)
+        self.sources: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.rejected: set[str] = set()
+
+    def check_keys(self, section: dict[str, Any], keys: dict[str, Kind], *, prefix: str) -> None:
+        """Notes and takes out unknown and refused keys and values of a wrong type."""
+        for name, value in list(section.items()):
+            path = f"{prefix}{name}"
+            kind = keys.get(name)
+            problem = None
+            if path in REFUSED_KEYS:
+                problem = f"{path} is refused: {REFUSED_KEYS[path]}"
+            elif kind is None:
+                problem = f"unknown key '{path}'{_nearest(name, keys, prefix)}"
+            elif isinstance(kind, dict):
+                if value is None or (value == AUTO and prefix == "" and name in _WHOLE_AUTO):
+                    # DeepSpeed takes null for "no section".
+                    del section[name]
+                elif isinstance(value, dict):
+                    self.check_keys(value, kind, prefix=f"{path}.")
+                else:
+                    problem = f"{path}={_show(value)} has the wrong type; give an object"
+            elif value != AUTO and not matches_kind(value, kind):
+                problem = f"{path}={_show(value)} is not allowed; give {describe_kind(kind)}"
+            if problem:
+                self.problems.append(problem)
+                self.rejected.add(path)
+                del section[name]
+            elif kind == "int" and value != AUTO:
+                section[name] = int(value)
+
+    def get(self, path: str) -> Any:
+        """The value at a dotted path, None if it is absent."""
+        section: Any = self.values
+        for name in path.split("."):
+            if not isinstance(section, dict):
+                return None
+            section = section.get(name)
+        return section
+
+    def fill(
+        self,
+        path: str,
+        expected: Any,
+        *,
+        owner: str,
+        source: str = "config",
+        when_absent: bool = True,
+    ) -> None:
+        """Fills an absent or "auto" key, keeps an equal one, notes a different one.
+
+        Args:
+            path: Dotted path in the JSON.
+            expected: The value that the typed configuration asks for.
+            owner: What determines it, for the message: a flag, or a rule in words.
+            source: Noted when the value is filled in.
+            when_absent: Fill an absent key too, not only an "auto".
+        """
+        value = self.get(path)
+        if value is None and not when_absent:
+            return
+        if value is None or value == AUTO:
+            *sections, name = path.split(".")
+            section = self.values
+            for key in sections:
+                section = section.setdefault(key, {})
+            section[name] = expected
+            self.sources[path] = source
+        elif not _equal(value, expected):
+            self.problems.append(
+                f"{path}={_show(value)} conflicts with {owner}={_show(expected)} "
+                '(write "auto" in the JSON, or make them equal)'
+            )
+
+
+# Written as a whole: "optimizer": "auto".
+_WHOLE_AUTO = ("optimizer", "scheduler")
+
+
+def _fill_batch(resolver: _Resolver, config: Config, data_parallel_size: int) -> None:
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    micro, steps, total = (resolver.get(name) for name in names)
+    if all(isinstance(v, (int, float)) for v in (micro, steps, total)):
+        product = micro * steps * data_parallel_size
+        if product != total:
+            resolver.problems.append(
+                f"train_batch_size does not multiply out: {names[0]} {micro} x {names[1]} {steps} "
+                f"x data-parallel size {data_parallel_size} = {product} != {total}"
+            )
+    batch = config.batch
+    resolver.fill(names[2], batch.global_batch_size, owner="--batch.global_batch_size")
+    resolver.fill(names[0], batch.micro_batch_size, owner="--batch.micro_batch_size")
+    try:
+        accumulation = batch.gradient_accumulation_steps(data_parallel_size)
+    except ValueError as error:
+        resolver.problems.append(str(error))
+        resolver.values.pop(names[1], None)
+        return
+    resolver.fill(
+        names[1],
+        accumulation,
+        owner="--batch.global_batch_size / (--batch.micro_batch_size x data-parallel size "
+        f"{data_parallel_size})",
+        source="derived",
+    )
+
+
+def _fill_precision(resolver: _Resolver, config: Config) -> None:
+    precision = config.training.precision
+    for name in ("bf16", "fp16"):
+        enabled = precision == name
+        stated = resolver.get(f"{name}.enabled")
+        if not enabled and stated is True:
+            resolver.problems.append(
+                f"{name}.enabled=true conflicts with --training.precision={precision} "
+                '(write "auto" in the JSON, or make them equal)'
+            )
+        elif enabled and stated is False:
+            resolver.problems.append(
+                f"{name}.enabled=false conflicts with --training.precision={precision} "
+                '(write "auto" in the JSON, or make them equal)'
+            )
+        elif enabled or resolver.get(name) is not None:
+            resolver.fill(f"{name}.enabled", enabled, owner="--training.precision")
+    # DeepSpeed's default accumulates in the weights' type; and reduces in it too.
+    for path in ("data_types.grad_accum_dtype", "communication_data_type"):
+        resolver.fill(
+            path,
+            "fp32",
+            owner="the rule that gradients accumulate and reduce in fp32",
+            source="derived",
+            when_absent=precision != "fp32",
+        )
+
+
+def _fill_optimizer(resolver: _Resolver, config: Config) -> None:
+    """Compares the sections that megagpt owns with its own optimizer and schedule."""
+    optimizer = config.optimizer
+
+    def compare(path: str, expected: Any, owner: str) -> None:
+        resolver.fill(path, expected, owner=owner, when_absent=False)
+
+    resolver.fill("gradient_clipping", optimizer.clip_grad, owner="--optimizer.clip_grad")
+    kind = resolver.get("optimizer.type")
+    if isinstance(kind, str) and kind.lower() == "adamw":
+        resolver.values["optimizer"]["type"] = "AdamW"
+    compare("optimizer.type", "AdamW", "the optimizer of megagpt")
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        compare(f"optimizer.params.{name}", getattr(optimizer, name), f"--optimizer.{name}")
+
+    schedules = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR"}
+    ours = schedules.get(optimizer.schedule, f"(none is equal to {optimizer.schedule})")
+    compare("scheduler.type", ours, f"--optimizer.schedule {optimizer.schedule}:")
+    ratio = optimizer.min_lr / optimizer.lr
+    for name, expected, owner in (
+        ("warmup_min_lr", 0.0, "the warm-up's start"),
+        ("warmup_max_lr", optimizer.lr, "--optimizer.lr"),
+        ("warmup_num_steps", optimizer.warmup_steps, "--optimizer.warmup_steps"),
+        ("warmup_type", "linear", "the warm-up's shape"),
+        ("warmup_min_ratio", 0.0, "the warm-up's start"),
+        ("cos_min_ratio", ratio, "--optimizer.min_lr / --optimizer.lr"),
+        ("total_num_steps", config.decay_steps, "--optimizer.decay_steps"),
+    ):
+        compare(f"scheduler.params.{name}", expected, owner)
+
+
+def _fill_zero(resolver: _Resolver, config: Config) -> None:
+    """Sizes bucket and threshold "auto"s by Hugging Face's formulae; they must be whole numbers."""
+    rejected = resolver.rejected & {"zero_optimization", "zero_optimization.stage"}
+    if resolver.get("zero_optimization.stage") is None and not rejected:
+        # DeepSpeed's default, made visible.
+        resolver.fill("zero_optimization.stage", 0, owner="", source="default")
+    hidden = config.model.hidden_size
+    for name, size in (
+        ("reduce_bucket_size", hidden * hidden),
+        ("stage3_prefetch_bucket_size", 9 * hidden * hidden // 10),
+        ("stage3_param_persistence_threshold", 10 * hidden),
+    ):
+        path = f"zero_optimization.{name}"
+        if resolver.get(path) == AUTO:
+            resolver.fill(path, size, owner="", source="derived")
+
+
+def _stage(values: dict[str, Any]) -> int | None:
+    """The ZeRO stage, None where what is stated is no stage (a fault that is reported already)."""
+    stage = values.get("zero_optimization", {}).get("stage")
+    return None if stage == AUTO else stage
+
+
+def _offload_device(values: dict[str, Any], what: str) -> str:
+    return values.get("zero_optimization", {}).get(what, {}).get("device", "none")
+
+
+def _refuse_low_precision_without_zero(
+    config: Config, values: dict[str, Any], device: Device
+) -> str | None:
+    precision = config.training.precision
+    if precision == "fp32" or _stage(values) != 0:
+        return None
+    return (
+        f"--training.precision={precision} with zero_optimization.stage=0 is not supported, "
+        f"DeepSpeed cannot accumulate {precision} gradients in fp32 there; "
+        "set stage 1, or precision fp32"
+    )
+
+
+def _refuse_fp16_on_cpu(config: Config, values: dict[str, Any], device: Device) -> str | None:
+    if config.training.precision != "fp16" or device != "cpu":
+        return None
+    return (
+        "--training.precision=fp16 cannot be trained on cpu; set --training.precision bf16 or fp32"
+    )
+
+
+def _refuse_parameter_offload(config: Config, values: dict[str, Any], device: Device) -> str | None:
+    target = _offload_device(values, "offload_param")
+    if target == "none" or _stage(values) in (3, None):
+        return None
+    return (
+        f"zero_optimization.offload_param.device={target} needs stage 3 and stage is "
+        f"{_stage(values)}; set stage 3, or remove offload_param"
+    )
+
+
+def _refuse_optimizer_offload(config: Config, values: dict[str, Any], device: Device) -> str | None:
+    target = _offload_device(values, "offload_optimizer")
+    if target == "none" or _stage(values) != 0:
+        return None
+    return (
+        f"zero_optimization.offload_optimizer.device={target} needs stage 1, 2 or 3 and stage is "
+        "0; set stage 1, or remove offload_optimizer"
+    )
+
+
+def _refuse_nvme(config: Config, values: dict[str, Any], device: Device) -> str | None:
+    sections = [
+        f"zero_optimization.{what}.device=nvme"
+        for what in ("offload_optimizer", "offload_param")
+        if _offload_device(values, what) == "nvme"
+    ]
+    if not sections:
+        return None
+    return f"{', '.join(sections)}: nvme offload is not supported in this version; use cpu"
+
+
+def _refuse_stage3_keys(config: Config, values: dict[str, Any], device: Device) -> str | None:
+    keys = [k for k in values.get("zero_optimization", {}) if k.startswith(STAGE3_KEYS)]
+    if not keys or _stage(values) in (3, None):
+        return None
+    return (
+        f"zero_optimization.{{{', '.join(keys)}}} have no effect under stage {_stage(values)}; "
+        "remove them, or set stage 3"
+    )
+
+
+REFUSALS: tuple[Callable[[Config, dict[str, Any], Device], str | None], ...] = (
+    _refuse_low_precision_without_zero,
+    _refuse_fp16_on_cpu,
+    _refuse_parameter_offload,
+    _refuse_optimizer_offload,
+    _refuse_nvme,
+    _refuse_stage3_keys,
+)
+"""Combinations that cannot run; each returns its reason and remedy, or None."""
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+        # A ratio of two settings is equal to its decimal spelling up to rounding.
+        return math.isclose(left, right, rel_tol=1e-12)
+    return left == right
+
+
+def _nearest(name: str, keys: dict[str, Kind], prefix: str) -> str:
+    near = difflib.get_close_matches(name, keys, n=1)
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    elsewhere = [
+        f"{section}.{name}"
+        for section, kind in ACCEPTED_KEYS.items()
+        if isinstance(kind, dict) and name in kind
+    ]
+    if elsewhere:
+        return f"; did you mean '{elsewhere[0]}'?"
+    return f"; the keys here are {', '.join(keys)}" if prefix else "; remove it"

@@ -1,0 +1,349 @@
+"""The typed configuration: one frozen dataclass a section, checked when it is built.
+
+Knows nothing of torch or DeepSpeed. The command line that fills it is `command_line.py`; the
+DeepSpeed JSON that goes with it is `deepspeed_config.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def require_positive(**values: int | float | None) -> None:
+    """Raises ValueError for the first value that is given and is not above zero."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} must be above 0; give a positive number")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and manner of a decoder-only GPT; spans GPT-2 and Llama."""
+
+    num_layers: int = 6
+    """Transformer blocks."""
+    hidden_size: int = 384
+    """Width of the residual stream."""
+    num_attention_heads: int = 6
+    """Query heads; must divide hidden_size."""
+    num_kv_heads: int | None = None
+    """Key/value heads for grouped-query attention; default num_attention_heads."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP; default 4 * hidden_size for gelu, 8/3 of it to a multiple of 64 for swiglu."""
+    seq_length: int = 256
+    """Tokens of one training sample, and the largest context."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary; default: the tokenizer's, read from the data's manifest."""
+    vocab_padding_multiple: int = 128
+    """The embedding is padded to this times tensor_parallel_size; padded entries are masked in the loss."""
+    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of norm."""
+    norm_eps: float = 1e-5
+    """Epsilon inside the norm."""
+    position_embedding: Literal["learned", "rope"] = "learned"
+    """Learned absolute positions (GPT-2) or rotary ones (Llama)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """MLP non-linearity; gelu is the tanh form of GPT-2."""
+    bias: bool = True
+    """Biases in linear layers (GPT-2: true, Llama: false)."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head."""
+    tie_embeddings: bool = True
+    """Share the embedding with the output layer."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; residual outputs get init_std / sqrt(2 * num_layers)."""
+
+    def __post_init__(self) -> None:
+        """Checks the shape; a bad one is a ValueError."""
+        require_positive(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_kv_heads=self.num_kv_heads,
+            ffn_hidden_size=self.ffn_hidden_size,
+            seq_length=self.seq_length,
+            vocab_size=self.vocab_size,
+            vocab_padding_multiple=self.vocab_padding_multiple,
+            norm_eps=self.norm_eps,
+            init_std=self.init_std,
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by "
+                f"num_attention_heads={self.num_attention_heads}; choose heads that divide it"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_kv_heads={self.kv_heads}; choose num_kv_heads that divides it"
+            )
+        if self.position_embedding == "rope" and self.head_size % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads = {self.head_size} is odd; rotary positions "
+                "turn pairs, so choose an even head size"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, after the default."""
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP, after the default."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            return (8 * self.hidden_size // 3 + 63) // 64 * 64
+        return 4 * self.hidden_size
+
+    def padded_vocab_size(self, tensor_parallel_size: int = 1) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_padding_multiple * tensor_parallel_size."""
+        assert self.vocab_size is not None, "vocab_size is filled in from the data before the model is built"
+        multiple = self.vocab_padding_multiple * tensor_parallel_size
+        return (self.vocab_size + multiple - 1) // multiple * multiple
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of the parallel axes; data parallelism takes what is left of the world."""
+
+    tensor_parallel_size: int = 1
+    """Ranks that split each layer."""
+
+    def __post_init__(self) -> None:
+        """Checks the degrees."""
+        require_positive(tensor_parallel_size=self.tensor_parallel_size)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Samples per step; global = micro * accumulation * data-parallel ranks."""
+
+    micro_batch_size: int = 4
+    """Samples per data-parallel rank per forward pass."""
+    global_batch_size: int = 32
+    """Samples per optimizer step over all ranks."""
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        require_positive(
+            micro_batch_size=self.micro_batch_size, global_batch_size=self.global_batch_size
+        )
+
+    def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches per rank per step.
+
+        Raises:
+            ValueError: If micro_batch_size * data_parallel_size does not divide global_batch_size.
+        """
+        per_pass = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % per_pass:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size="
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size}; choose a multiple "
+                f"of {per_pass} for --batch.global_batch_size"
+            )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's first and second moments."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only; norms, biases and other vectors get none."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the decay after the warm-up; wsd is warmup-stable-decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to lr."""
+    decay_steps: int | None = None
+    """Step at which min_lr is reached; default training.train_steps."""
+    wsd_decay_steps: int | None = None
+    """Steps of the final linear decay under wsd; default a tenth of decay_steps."""
+
+    def __post_init__(self) -> None:
+        """Checks ranges and that no setting is without effect."""
+        require_positive(
+            lr=self.lr,
+            eps=self.eps,
+            decay_steps=self.decay_steps,
+            wsd_decay_steps=self.wsd_decay_steps,
+        )
+        for name in ("min_lr", "weight_decay", "clip_grad", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas={list(self.betas)} must lie in [0, 1); change {beta}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; choose a smaller min_lr")
+        if self.wsd_decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"wsd_decay_steps={self.wsd_decay_steps} has no effect under schedule={self.schedule}; "
+                "choose schedule=wsd or leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how precisely to train, and when to evaluate."""
+
+    train_steps: int = 500
+    """Optimizer steps of the whole run, also the default end of the decay."""
+    train_tokens: int | None = None
+    """Stop after the step that reaches this many tokens."""
+    exit_duration_seconds: float | None = None
+    """Save and stop after the first step that ends later than this since the start of the process."""
+    exit_step: int | None = None
+    """Save and stop after this step, before train_steps; the schedule is that of the whole run."""
+    precision: Precision = "bf16"
+    """Type of weights and activations; master weights, gradients and moments are fp32."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the data."""
+    eval_interval: int = 100
+    """Steps between validations; 0 validates only at the end."""
+    eval_samples: int | None = None
+    """Validation samples per evaluation; default all."""
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        require_positive(
+            train_steps=self.train_steps,
+            train_tokens=self.train_tokens,
+            exit_duration_seconds=self.exit_duration_seconds,
+            exit_step=self.exit_step,
+            eval_samples=self.eval_samples,
+        )
+        if self.eval_interval < 0:
+            raise ValueError(f"eval_interval={self.eval_interval} is negative; give 0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens are: one preprocessed pair split by documents, or one pair for each split."""
+
+    path: str | None = None
+    """Prefix of one .bin/.idx pair, divided into train, validation and test by `split`."""
+    split: str = "969,30,1"
+    """Shares of documents for train, validation and test; used with `path`."""
+    train_path: str | None = None
+    """Prefix of the training pair; used instead of `path`."""
+    valid_path: str | None = None
+    """Prefix of the validation pair, with train_path."""
+    test_path: str | None = None
+    """Prefix of the test pair, with train_path."""
+    tokenizer_path: str | None = None
+    """SentencePiece model; default: the one named in the data's manifest."""
+
+    def __post_init__(self) -> None:
+        """Checks that exactly one way of naming the data is used."""
+        if self.path and (self.train_path or self.valid_path or self.test_path):
+            raise ValueError(
+                f"data.path={self.path} and data.train_path/valid_path/test_path exclude each other; "
+                "name one pair to split, or one pair for each split"
+            )
+        if (self.valid_path or self.test_path) and not self.train_path:
+            raise ValueError(
+                f"data.valid_path={self.valid_path}, data.test_path={self.test_path} need "
+                "data.train_path; name the training pair too"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where state is saved, how often, and what to resume from."""
+
+    save_interval: int = 100
+    """Steps between saves; 0 saves only at the end."""
+    load: str = "none"
+    """`none` starts afresh, `auto` resumes the newest checkpoint of the run folder, else a path."""
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        if self.save_interval < 0:
+            raise ValueError(f"save_interval={self.save_interval} is negative; give 0 or more")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is logged and where."""
+
+    log_interval: int = 1
+    """Steps between log lines and TensorBoard points."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one accelerator in the run's precision; with it, `mfu` is logged."""
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        require_positive(log_interval=self.log_interval, peak_tflops=self.peak_tflops)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    output_dir: str = "runs/default"
+    """Run folder: checkpoints/, tensorboard/, resolved_config.yaml, resolved_config.txt, resolved_ds_config.json."""
+
+    def __post_init__(self) -> None:
+        """Checks what crosses sections."""
+        tp = self.parallel.tensor_parallel_size
+        for name in ("num_attention_heads", "kv_heads", "ffn_size"):
+            value = getattr(self.model, name)
+            if value % tp:
+                raise ValueError(
+                    f"{name}={value} is not divisible by tensor_parallel_size={tp}; "
+                    "choose a tensor_parallel_size that divides it"
+                )
+        decay_steps = self.decay_steps
+        if self.optimizer.warmup_steps >= decay_steps:
+            raise ValueError(
+                f"warmup_steps={self.optimizer.warmup_steps} leaves nothing of decay_steps={decay_steps}; "
+                "choose a shorter warm-up"
+            )
+        if self.wsd_decay_steps > decay_steps - self.optimizer.warmup_steps:
+            raise ValueError(
+                f"wsd_decay_steps={self.wsd_decay_steps} does not fit between warmup_steps="
+                f"{self.optimizer.warmup_steps} and decay_steps={decay_steps}; choose fewer"
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        """Step at which the schedule ends, after the default."""
+        return self.optimizer.decay_steps or self.training.train_steps
+
+    @property
+    def wsd_decay_steps(self) -> int:
+        """Steps of the final decay under wsd, after the default; 0 under other schedules."""
+        if self.optimizer.schedule != "wsd":
+            return 0
+        return self.optimizer.wsd_decay_steps or max(1, self.decay_steps // 10)

@@ -1,0 +1,143 @@
+"""`<prefix>.manifest.json`: what a pair was made from, written last, so that it marks a whole pair.
+
+Megatron ignores the file, and pairs made by Megatron have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megagpt.data.indexed_dataset import bin_path, idx_path, sync_directory
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file."""
+
+    path: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts of one .bin/.idx pair."""
+
+    tokenizer_kind: str
+    """`sentencepiece` or `byte`."""
+    tokenizer_path: str
+    """What `load_tokenizer` opens; in the file a path relative to the manifest."""
+    tokenizer_sha256: str
+    """Hash of the tokenizer's content."""
+    vocab_size: int
+    """Tokens of the vocabulary."""
+    eod: int
+    """Token that ends each document."""
+    dtype: str
+    """Stored type of a token, as numpy names it."""
+    num_tokens: int
+    """Tokens, ends of documents included."""
+    num_documents: int
+    """Documents."""
+    text_bytes: int
+    """UTF-8 bytes of the text that was encoded; the divisor of bits per byte."""
+    bin_bytes: int
+    """Size of .bin."""
+    idx_bytes: int
+    """Size of .idx."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Inputs left out, by reason."""
+    sources: tuple[Source, ...] = ()
+    """The input files."""
+    format_version: int = FORMAT_VERSION
+    """Version of this file."""
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """The manifest of a pair."""
+    return Path(f"{prefix}.manifest.json")
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    """Writes the manifest of a pair, whole or not at all."""
+    path = manifest_path(prefix)
+    content = dataclasses.asdict(manifest)
+    if manifest.tokenizer_kind != "byte":
+        content["tokenizer_path"] = os.path.relpath(manifest.tokenizer_path, path.parent)
+    write_json(path, content)
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """The manifest of a pair, or None where there is none.
+
+    Raises:
+        ValueError: If it cannot be read, or .bin or .idx have another size than it says.
+    """
+    path = manifest_path(prefix)
+    remake = "make the pair again with tools/preprocess_data.py"
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {remake}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version={version}, readable is {FORMAT_VERSION}; {remake}"
+        )
+    try:
+        content["sources"] = tuple(Source(**source) for source in content["sources"])
+        if content["tokenizer_kind"] != "byte":
+            joined = os.path.join(path.parent, content["tokenizer_path"])
+            content["tokenizer_path"] = os.path.normpath(joined)
+        manifest = Manifest(**content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not have the manifest's fields ({error}); {remake}"
+        ) from error
+    for file, size in (
+        (bin_path(prefix), manifest.bin_bytes),
+        (idx_path(prefix), manifest.idx_bytes),
+    ):
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"holds {actual} bytes"
+            raise ValueError(f"{file} {found}, {path.name} says {size} bytes; {remake}")
+    return manifest
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a small file under a temporary name and renames it; durable when it returns."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,54 @@
+"""LayerNorm and RMSNorm over the last dim, replicated over tensor-parallel ranks.
+
+`split_group` is for norms whose input is split over that group (per-head norms): each rank then
+sees a part of the weight's gradient, and the parts are summed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megagpt.config.schema import ModelConfig
+from megagpt.parallel.collectives import copy_to_group
+from megagpt.parallel.groups import Group
+
+
+class LayerNorm(nn.Module):
+    """Ba et al. 2016, https://arxiv.org/abs/1607.06450; bias only where the model has biases."""
+
+    def __init__(self, size: int, *, eps: float, bias: bool, split_group: Group = None) -> None:
+        super().__init__()
+        self.split_group = split_group
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[.., size] -> [.., size]."""
+        weight = copy_to_group(self.weight, self.split_group)
+        bias = None if self.bias is None else copy_to_group(self.bias, self.split_group)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; normalised in float32."""
+
+    def __init__(self, size: int, *, eps: float, split_group: Group = None) -> None:
+        super().__init__()
+        self.split_group = split_group
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[.., size] -> [.., size]."""
+        weight = copy_to_group(self.weight, self.split_group)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+
+
+def build_norm(config: ModelConfig, size: int, *, split_group: Group = None) -> nn.Module:
+    """The norm that the configuration names."""
+    if config.normalization == "rmsnorm":
+        return RMSNorm(size, eps=config.norm_eps, split_group=split_group)
+    return LayerNorm(size, eps=config.norm_eps, bias=config.bias, split_group=split_group)

@@ -1,0 +1,1 @@
+"""Who is which rank, and collectives that autograd knows."""

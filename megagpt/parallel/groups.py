@@ -1,0 +1,97 @@
+"""The process groups of the parallel axes; a degree of 1 has no group and calls nothing."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megagpt.parallel.topology import ParallelTopology
+
+Group = dist.ProcessGroup | None
+
+
+def group_size(group: Group) -> int:
+    """Ranks in the group; 1 without one."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    """This rank's index in the group; 0 without one."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _own_group(rank: int, lists: list[list[int]]) -> tuple[dist.ProcessGroup, list[int]]:
+    # Every rank creates every group, in the same order: new_group is collective over the world.
+    groups = [(dist.new_group(ranks), ranks) for ranks in lists]
+    return next(pair for pair in groups if rank in pair[1])
+
+
+class ProcessGroups:
+    """This rank's groups, and the `mpu` that DeepSpeed wants when layers are split.
+
+    Args:
+        topology: Of the initialised default process group; every rank must construct this.
+    """
+
+    def __init__(self, topology: ParallelTopology) -> None:
+        self.topology = topology
+        self.rank = dist.get_rank()
+        assert topology.world_size == dist.get_world_size()
+        _, self._dp_rank, self._tp_rank = topology.coordinates(self.rank)
+        self._split = topology.tensor_parallel_size > 1 or topology.pipeline_parallel_size > 1
+        if self._split:
+            # DeepSpeed reads a group of None as the world, so it gets real groups, of size 1 too.
+            self._tp, self._tp_ranks = _own_group(self.rank, topology.tensor_parallel_groups())
+            self._dp, self._dp_ranks = _own_group(self.rank, topology.data_parallel_groups())
+
+    @property
+    def tp_group(self) -> Group:
+        """The group that splits each layer; None at degree 1."""
+        return self._tp if self.topology.tensor_parallel_size > 1 else None
+
+    @property
+    def dp_group(self) -> Group:
+        """The group of ranks with the same weights; None at degree 1."""
+        if self.topology.data_parallel_size == 1:
+            return None
+        return self._dp if self._split else dist.group.WORLD
+
+    @property
+    def mpu(self) -> ProcessGroups | None:
+        """What to hand to DeepSpeed: None where data parallelism has the whole world."""
+        return self if self._split else None
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """DeepSpeed's name."""
+        return self._dp
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """DeepSpeed's name."""
+        return self._dp_ranks
+
+    def get_data_parallel_world_size(self) -> int:
+        """DeepSpeed's name."""
+        return self.topology.data_parallel_size
+
+    def get_data_parallel_rank(self) -> int:
+        """DeepSpeed's name."""
+        return self._dp_rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """DeepSpeed's name."""
+        return self._tp
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """DeepSpeed's name."""
+        return self.topology.tensor_parallel_size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """DeepSpeed's name."""
+        return self._tp_rank
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        """DeepSpeed's name: the global rank of the group's first member."""
+        return self._tp_ranks[0]
+
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_rank = get_tensor_model_parallel_rank

@@ -1,0 +1,50 @@
+"""Rank <-> (pp, dp, tp) in pure integers; knows nothing of processes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ParallelTopology:
+    """World order (pp, dp, tp), tp fastest, as DeepSpeed's `PipeModelDataParallelTopology`."""
+
+    world_size: int
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks that the degrees divide the world."""
+        tp, pp = self.tensor_parallel_size, self.pipeline_parallel_size
+        if self.world_size % (tp * pp):
+            raise ValueError(
+                f"world size {self.world_size} is not divisible by tensor_parallel_size={tp} x "
+                f"pipeline_parallel_size={pp}; start a multiple of {tp * pp} ranks"
+            )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks left for data parallelism."""
+        return self.world_size // (self.tensor_parallel_size * self.pipeline_parallel_size)
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(pp, dp, tp) of a rank."""
+        assert 0 <= rank < self.world_size
+        rest, tp = divmod(rank, self.tensor_parallel_size)
+        pp, dp = divmod(rest, self.data_parallel_size)
+        return pp, dp, tp
+
+    def rank(self, *, pp: int, dp: int, tp: int) -> int:
+        """The rank at these coordinates."""
+        return (pp * self.data_parallel_size + dp) * self.tensor_parallel_size + tp
+
+    def tensor_parallel_groups(self) -> list[list[int]]:
+        """Ranks of each group that splits a layer."""
+        tp = self.tensor_parallel_size
+        return [list(range(first, first + tp)) for first in range(0, self.world_size, tp)]
+
+    def data_parallel_groups(self) -> list[list[int]]:
+        """Ranks of each group that holds the same weights."""
+        return [
+            [self.rank(pp=pp, dp=dp, tp=tp) for dp in range(self.data_parallel_size)]
+            for pp in range(self.pipeline_parallel_size)
+            for tp in range(self.tensor_parallel_size)
+        ]

@@ -1,0 +1,108 @@
+"""Runs a function on n gloo ranks; started once, they run as many cells as the function holds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank_main(
+    rank: int,
+    function: Callable,
+    world_size: int,
+    rendezvous: str,
+    arguments: tuple,
+    results: Any,
+    timeout_seconds: float,
+) -> None:
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+    )
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        results.put((rank, function(rank, world_size, *arguments), None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def run_distributed(
+    function: Callable, world_size: int, *arguments: Any, timeout_seconds: float = 120
+) -> list[Any]:
+    """Calls function(rank, world_size, *arguments) on every rank of a new gloo world.
+
+    Args:
+        function: Defined at the top level of a module; its result must be picklable.
+        world_size: Processes.
+        *arguments: Picklable.
+        timeout_seconds: After this, all are killed.
+
+    Returns:
+        The result of each rank.
+
+    Raises:
+        RuntimeError: With the traceback of the first rank that failed, or on timeout.
+    """
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    collected: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        rendezvous = str(Path(directory) / "rendezvous")
+        processes = [
+            context.Process(
+                target=_rank_main,
+                args=(rank, function, world_size, rendezvous, arguments, queue, timeout_seconds),
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            deadline = time.monotonic() + timeout_seconds
+            while len(collected) < world_size:
+                if not queue.empty():
+                    rank, result, error = queue.get()
+                    if error is not None:
+                        raise RuntimeError(f"rank {rank} of {world_size} failed:\n{error}")
+                    collected[rank] = result
+                    continue
+                dead = [r for r, p in enumerate(processes) if p.exitcode and r not in collected]
+                if dead and queue.empty():
+                    raise RuntimeError(f"rank {dead[0]} died, exit {processes[dead[0]].exitcode}")
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"no result of {sorted(set(range(world_size)) - set(collected))} "
+                        f"in {timeout_seconds} s"
+                    )
+                time.sleep(0.02)
+            for process in processes:
+                process.join(timeout=30)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+    return [collected[rank] for rank in range(world_size)]

@@ -1,0 +1,1 @@
+"""The engine, the train step, evaluation and the trainer that drives them."""

@@ -1,0 +1,105 @@
+"""From a command line to a finished run: arguments, process group, `Trainer`.
+
+Next file: `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt.config.command_line import parse_config
+from megagpt.operations.prebuild import remove_stale_locks
+
+if TYPE_CHECKING:
+    from megagpt.training.trainer import Trainer
+
+DEMO_CONFIG = Path(__file__).resolve().parents[2] / "launch" / "demo.yaml"
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Runs `launch/pretrain.py`.
+
+    Returns:
+        The exit code: 0 when the run, or the part of it that was asked for, is done.
+    """
+    try:
+        trainer, device = _check_everything(arguments)
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # The ranks of a host find the same fault: the first one tells it, and the launcher must
+            # not end that one before it has.
+            time.sleep(5)
+            raise SystemExit(1) from None
+        raise
+    _initialise_process_group(device)
+    import torch
+
+    try:
+        trainer.run()
+    finally:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _check_everything(arguments: list[str]) -> tuple[Trainer, str]:
+    """All that can be found wrong without other ranks; no process group exists yet."""
+    config, ds_config, sources = parse_config(_demo_by_default(arguments))
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING, force=True)
+    logging.getLogger("megagpt").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # Imported here: they take seconds, which --help and a wrong flag should not.
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"
+    # PyTorch's builder takes the ninja on PATH, and another version of it compiles every op anew.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed loads compiled ops below; a lock left by a killed build would hang it for ever.
+    remove_stale_locks()
+    from megagpt.training.trainer import Trainer, World
+
+    trainer = Trainer(
+        config,
+        ds_config,
+        ds_config_path=sources.get("ds_config", "ds_config"),
+        sources=sources,
+        world=World.from_environment(),
+        device=device,
+    )
+    return trainer, device
+
+
+def _demo_by_default(arguments: list[str]) -> list[str]:
+    """With no run configuration and no data named, the run is the demo's."""
+    named = any(a.startswith(("--config", "--preset", "--data.")) for a in arguments)
+    return arguments if named else ["--config", str(DEMO_CONFIG), *arguments]
+
+
+def _initialise_process_group(device: str) -> None:
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False
+    )

@@ -1,0 +1,385 @@
+"""The run from configuration to summary: what is checked first, the loop, and what is written.
+
+Reads top to bottom. Everything that a user can get wrong is checked before a process group exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from megagpt import __version__
+from megagpt.checkpoint.saver import load_checkpoint, save_checkpoint
+from megagpt.checkpoint.state import (
+    CheckpointState,
+    find_checkpoint,
+    read_state,
+    refuse_other_run,
+)
+from megagpt.config.command_line import config_to_dict
+from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
+from megagpt.config.schema import Config
+from megagpt.data.gpt_dataset import GPTDataset, build_datasets, data_fingerprint, tokens_to_batch
+from megagpt.data.manifest import read_manifest
+from megagpt.data.sampler import BatchSampler
+from megagpt.model.gpt import count_parameters
+from megagpt.model.zero3 import build_model
+from megagpt.monitor.memory import memory_metrics
+from megagpt.monitor.metrics import MetricLogger
+from megagpt.monitor.throughput import model_flops_per_token
+from megagpt.training.engine import build_engine, parameter_norm
+from megagpt.training.schedule import learning_rate
+from megagpt.training.train_step import Batch, StepResult, evaluate, train_step
+
+logger = logging.getLogger("megagpt")
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks, as the launcher's environment says."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Reads RANK and WORLD_SIZE; a plain `python` run is a world of one."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+class Trainer:
+    """One training run on this rank.
+
+    Args:
+        config: Typed configuration.
+        ds_config: The DeepSpeed JSON as read.
+        ds_config_path: Its name, for messages.
+        sources: Where each value of config came from, by dotted key.
+        world: This rank.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        ValueError: For anything that a user can mend; no process group exists yet.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ds_config: dict,
+        *,
+        ds_config_path: str,
+        sources: dict[str, str],
+        world: World,
+        device: str,
+    ) -> None:
+        self.start_time = time.monotonic()
+        self.world = world
+        tp = config.parallel.tensor_parallel_size
+        if tp > 1:
+            raise ValueError(
+                f"tensor_parallel_size={tp} cannot be trained by this version; set it to 1 "
+                "(the layers support it, the trainer does not yet)"
+            )
+        self.resolved = resolve_ds_config(
+            config,
+            ds_config,
+            data_parallel_size=world.size,
+            ds_config_path=ds_config_path,
+            device=device,
+        )
+        zero = self.resolved.values.get("zero_optimization", {})
+        self.zero_stage = zero.get("stage", 0)
+        self.offload = zero.get("offload_optimizer", {}).get("device", "none")
+        self.config = _with_vocab_size(config)
+        self.datasets: dict[str, GPTDataset] = build_datasets(
+            self.config.data,
+            seq_length=self.config.model.seq_length,
+            seed=self.config.training.seed,
+        )
+        self.fingerprint = data_fingerprint(self.config.data)
+        self.run_directory = Path(config.output_dir)
+        self.checkpoints = self.run_directory / "checkpoints"
+        self.sampler = BatchSampler(
+            global_batch_size=config.batch.global_batch_size,
+            micro_batch_size=config.batch.micro_batch_size,
+            dp_rank=world.rank,
+            dp_size=world.size,
+        )
+        self.state, self.load_directory = self._starting_point()
+        self.table = format_resolved_table(self.config, sources, self.resolved)
+        _require_writable(self.run_directory)
+
+    def _starting_point(self) -> tuple[CheckpointState, Path | None]:
+        fresh = CheckpointState(
+            step=0,
+            consumed_samples=0,
+            consumed_tokens=0,
+            world_size=self.world.size,
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            data_fingerprint=self.fingerprint,
+            config=self.config,
+        )
+        load = self.config.checkpoint.load
+        if load == "none":
+            if list(self.checkpoints.glob("step_*/state.json")):
+                raise ValueError(
+                    f"output_dir={self.run_directory} already holds checkpoints, which a fresh run would "
+                    "overwrite; resume with --checkpoint.load auto, or name another --output_dir"
+                )
+            return fresh, None
+        directory = find_checkpoint(self.run_directory if load == "auto" else Path(load))
+        saved = read_state(directory)
+        refuse_other_run(
+            saved,
+            self.config,
+            world_size=self.world.size,
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            data_fingerprint=self.fingerprint,
+        )
+        return dataclasses.replace(saved, config=self.config), directory
+
+    def run(self, on_step: Callable[[StepResult], None] | None = None) -> dict:
+        """Trains to the end or to a stopping rule; needs an initialised process group.
+
+        Args:
+            on_step: Called after each step with its exact figures, on every rank.
+
+        Returns:
+            The summary that is also written to `training_summary.json`.
+        """
+        config = self.config
+        logger.info(self.table)
+        if self.world.rank == 0:
+            self._write_resolved()
+        if self._finished():
+            logger.info(
+                f"nothing to do: step {self.state.step} of {config.training.train_steps} is already "
+                f"trained in {self.run_directory}; raise --training.train_steps to go on"
+            )
+            return self._read_summary()
+        model = build_model(
+            config.model,
+            seed=config.training.seed,
+            dtype=_DTYPES[config.training.precision],
+            ds_config=self.resolved.values,
+        )
+        num_parameters = count_parameters(config.model)
+        engine = build_engine(model, config.optimizer, self.resolved.values)
+        if self.load_directory is not None:
+            load_checkpoint(engine, self.load_directory)
+            logger.info(f"resumed from {self.load_directory} at step {self.state.step}")
+        logger.info(
+            f"parameters: {num_parameters:,} | tokens / micro-batch / rank: "
+            f"{config.batch.micro_batch_size} x {config.model.seq_length} | tokens / step: "
+            f"{config.batch.global_batch_size * config.model.seq_length:,} | ranks: {self.world.size} | "
+            f"ZeRO stage: {self.zero_stage} | precision: {config.training.precision}"
+        )
+        metrics = MetricLogger(
+            self.run_directory / "tensorboard",
+            rank=self.world.rank,
+            train_steps=config.training.train_steps,
+            purge_step=self.state.step + 1,
+        )
+        metrics.text("resolved configuration", self.table)
+        validation_loss: float | None = None
+        trained_tokens, train_seconds = 0, 0.0
+        skipped = nan = 0
+        saved_step = self.state.step
+        while True:
+            begin = time.monotonic()
+            lr = learning_rate(
+                self.state.step + 1,
+                config.optimizer,
+                decay_steps=config.decay_steps,
+                wsd_decay_steps=config.wsd_decay_steps,
+            )
+            result = train_step(
+                engine, self._train_batches(), lr=lr, clip_grad=config.optimizer.clip_grad
+            )
+            self.state = dataclasses.replace(
+                self.state,
+                step=self.state.step + 1,
+                consumed_samples=self.state.consumed_samples + config.batch.global_batch_size,
+                consumed_tokens=self.state.consumed_tokens + result.num_tokens,
+            )
+            seconds = time.monotonic() - begin
+            if on_step is not None:
+                on_step(result)
+            trained_tokens += result.num_tokens
+            train_seconds += seconds
+            skipped += not engine.was_step_applied()
+            nan += not np.isfinite(result.loss)
+            step = self.state.step
+            if step % config.monitor.log_interval == 0:
+                values = self._step_metrics(engine, result, lr, seconds)
+                values |= {"skipped-iterations": skipped, "nan-iterations": nan}
+                metrics.training(step, self.state.consumed_samples, values)
+            stop = self._stop_reason()
+            interval = config.training.eval_interval
+            if "valid" in self.datasets and (stop or (interval and step % interval == 0)):
+                validation_loss = evaluate(engine, self._evaluation_batches("valid"))
+                metrics.validation(step, self.state.consumed_samples, validation_loss)
+            save_interval = config.checkpoint.save_interval
+            if stop or (save_interval and step % save_interval == 0):
+                logger.info(f"saving checkpoint at iteration {step:7d} to {self.checkpoints}")
+                save_checkpoint(engine, self.checkpoints, self.state)
+                saved_step = step
+                logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
+            if stop:
+                logger.info(f"stopping at step {step}: {stop}")
+                break
+        assert saved_step == self.state.step
+        metrics.close()
+        summary = {
+            "megagpt_version": __version__,
+            "num_parameters": num_parameters,
+            "step": self.state.step,
+            "tokens": self.state.consumed_tokens,
+            "tokens_per_second": trained_tokens / train_seconds,
+            "train_loss": result.loss,
+            "validation_loss": validation_loss,
+            "seconds": time.monotonic() - self.start_time,
+        }
+        if self.world.rank == 0:
+            (self.run_directory / "training_summary.json").write_text(json.dumps(summary, indent=1))
+        return summary
+
+    def _finished(self) -> bool:
+        limit = self.config.training.train_tokens
+        return self.state.step >= self.config.training.train_steps or (
+            limit is not None and self.state.consumed_tokens >= limit
+        )
+
+    def _stop_reason(self) -> str | None:
+        """Why to stop after this step; the same answer on every rank."""
+        training = self.config.training
+        if self.state.step >= training.train_steps:
+            return f"train_steps={training.train_steps} reached"
+        if training.train_tokens and self.state.consumed_tokens >= training.train_tokens:
+            return f"train_tokens={training.train_tokens} reached"
+        if training.exit_step and self.state.step >= training.exit_step:
+            return f"exit_step={training.exit_step} reached"
+        if training.exit_duration_seconds is not None:
+            # Clocks differ: rank 0 decides for all.
+            late = torch.tensor(
+                [time.monotonic() - self.start_time > training.exit_duration_seconds]
+            ).to(torch.int32)
+            if dist.get_backend() != "gloo":
+                late = late.cuda()
+            dist.broadcast(late, src=0)
+            if late.item():
+                return f"exit_duration_seconds={training.exit_duration_seconds} reached"
+        return None
+
+    def _train_batches(self) -> list[Batch]:
+        dataset = self.datasets["train"]
+        return [
+            _to_batch(np.stack([dataset[i] for i in indices]))
+            for indices in self.sampler.micro_batches(self.state.consumed_samples)
+        ]
+
+    def _evaluation_batches(self, split: str) -> Iterator[Batch]:
+        dataset = self.datasets[split]
+        count = min(len(dataset), self.config.training.eval_samples or len(dataset))
+        padding = np.full(self.config.model.seq_length + 1, -1, dtype=np.int64)
+        for indices in self.sampler.evaluation_batches(count):
+            yield _to_batch(np.stack([dataset[i] if i >= 0 else padding for i in indices]))
+
+    def _step_metrics(
+        self, engine, result: StepResult, lr: float, seconds: float
+    ) -> dict[str, float]:
+        config = self.config
+        flops = model_flops_per_token(config.model) * result.num_tokens
+        tflops = flops / seconds / self.world.size / 1e12
+        values = {
+            "lm loss": result.loss,
+            "learning-rate": lr,
+            "grad-norm": result.grad_norm,
+            "params-norm": parameter_norm(engine),
+            "batch-size": float(config.batch.global_batch_size),
+            "loss-scale": float(engine.loss_scale()) if config.training.precision == "fp16" else 1.0,
+            "world-size": float(self.world.size),
+            "iteration-time": seconds,
+            "throughput": tflops,
+            "tokens-per-second": result.num_tokens / seconds,
+            **memory_metrics(),
+        }
+        if config.monitor.peak_tflops is not None:
+            values["mfu"] = tflops / config.monitor.peak_tflops
+        return values
+
+    def _write_resolved(self) -> None:
+        directory = self.run_directory
+        (directory / "resolved_config.yaml").write_text(
+            yaml.safe_dump(config_to_dict(self.config), sort_keys=False)
+        )
+        (directory / "resolved_config.txt").write_text(self.table + "\n")
+        (directory / "resolved_ds_config.json").write_text(
+            json.dumps(self.resolved.values, indent=1) + "\n"
+        )
+
+    def _read_summary(self) -> dict:
+        path = self.run_directory / "training_summary.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _to_batch(samples: np.ndarray) -> Batch:
+    tokens, labels = tokens_to_batch(samples)
+    return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+
+def _with_vocab_size(config: Config) -> Config:
+    """Takes vocab_size from the data's manifest; refuses one that the tokenizer overflows."""
+    prefix = config.data.train_path or config.data.path
+    if prefix is None:
+        raise ValueError(
+            "no data is named; give --data.path PREFIX of a .bin/.idx pair made by "
+            "tools/preprocess_data.py (the demo's data and its config: make demo, then "
+            "--config launch/demo.yaml)"
+        )
+    manifest = read_manifest(prefix)
+    given = config.model.vocab_size
+    if manifest is None:
+        if given is None and Path(f"{prefix}.idx").exists():
+            raise ValueError(
+                f"{prefix} has no manifest to take the vocabulary from; give --model.vocab_size"
+            )
+        return config
+    if given is None:
+        return dataclasses.replace(
+            config, model=dataclasses.replace(config.model, vocab_size=manifest.vocab_size)
+        )
+    if given < manifest.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={given} is smaller than the {manifest.vocab_size} of the tokenizer of "
+            f"{prefix}; raise it or leave it out"
+        )
+    return config
+
+
+def _require_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={directory} cannot be written ({error.strerror}); name a writable folder "
+            "with --output_dir"
+        ) from None

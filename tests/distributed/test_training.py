@@ -1,0 +1,222 @@
+"""The whole trainer on two gloo ranks: every ZeRO stage and offload agrees, and resume is exact.
+
+The ranks start once and run all cells; each cell is a real run with its own folder.
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagpt.testing.distributed import run_distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+FP32_CELLS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+BF16_CELLS = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+RESUME_CELLS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Real text (this repository's licence and docs) through the real tool, as bytes."""
+    directory = tmp_path_factory.mktemp("data")
+    words = (ROOT / "LICENSE").read_text().split()
+    documents = [" ".join(words[i : i + 60]) for i in range(0, len(words), 4)]
+    source = directory / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(source)]
+        + ["--output_prefix", str(directory / "text"), "--tokenizer", "byte"],
+        check=True,
+        capture_output=True,
+    )
+    return directory / "text"
+
+
+def train(rank, world_size, data, output_dir, zero, precision, steps=STEPS, exit_step=None, load="none"):
+    """One run in this process; returns (loss, gradient norm) of each step."""
+    from megagpt.config.command_line import parse_config
+    from megagpt.training.trainer import Trainer, World
+
+    arguments = [
+        "--ds_config", str(ROOT / f"ds_configs/{zero}.json"),
+        "--model.num_layers", "2", "--model.hidden_size", "32", "--model.num_attention_heads", "4",
+        "--model.seq_length", "48", "--model.vocab_padding_multiple", "8",
+        "--batch.micro_batch_size", "2", "--batch.global_batch_size", "8",
+        "--optimizer.lr", "1e-3", "--optimizer.warmup_steps", "4", "--optimizer.clip_grad", "1.0",
+        "--training.train_steps", str(steps), "--training.precision", precision,
+        "--training.eval_interval", "10", "--checkpoint.save_interval", "0",
+        "--checkpoint.load", load, "--data.path", str(data), "--data.split", "8,1,1",
+        "--output_dir", str(output_dir),
+    ]  # fmt: skip
+    if exit_step is not None:
+        arguments += ["--training.exit_step", str(exit_step)]
+    config, ds_config, sources = parse_config(arguments)
+    trainer = Trainer(
+        config,
+        ds_config,
+        ds_config_path=zero,
+        sources=sources,
+        world=World(rank, world_size),
+        device="cpu",
+    )
+    curve = []
+    trainer.run(on_step=lambda result: curve.append((result.loss, result.grad_norm)))
+    return curve
+
+
+def agreement_cells(rank, world_size, data, root):
+    curves = {}
+    for precision, cells in (("fp32", FP32_CELLS), ("bf16", BF16_CELLS)):
+        for zero in cells:
+            folder = Path(root) / f"{precision}_{zero}"
+            curves[f"{precision}/{zero}"] = train(rank, world_size, data, folder, zero, precision)
+    return curves
+
+
+@pytest.fixture(scope="module")
+def curves(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    results = run_distributed(agreement_cells, 2, str(data), str(root), timeout_seconds=400)
+    assert results[0] == results[1], "ranks report different figures for the same step"
+    return results[0] | {"root": root}
+
+
+def largest_difference(a, b, column):
+    return max(abs(x[column] - y[column]) / abs(y[column]) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("zero", FP32_CELLS[1:])
+def test_fp32_losses_of_every_stage_and_offload_agree(curves, zero):
+    a, b = curves[f"fp32/{zero}"], curves["fp32/zero0"]
+    assert len(a) == STEPS
+    assert largest_difference(a, b, 0) < 1e-5
+    assert largest_difference(a, b, 1) < 1e-4
+
+
+@pytest.mark.parametrize("zero", BF16_CELLS)
+def test_bf16_losses_of_every_stage_and_offload_agree(curves, zero):
+    # bf16 keeps 8 bits: 2^-9 = 2e-3 relative per rounding; see docs/deepspeed.md for the figure found.
+    a, b = curves[f"bf16/{zero}"], curves["bf16/zero1"]
+    assert largest_difference(a, b, 0) < 5e-3
+
+
+def test_the_model_learns_and_clipping_is_active(curves):
+    curve = curves["fp32/zero0"]
+    assert curve[-1][0] < curve[0][0] - 0.3
+    assert max(norm for _, norm in curve) > 1.0  # above clip_grad in some step
+    assert abs(curve[0][0] - math.log(257)) < 0.2  # fresh weights know nothing
+
+
+def test_a_run_folder_holds_what_the_docs_say(curves):
+    folder = curves["root"] / "fp32_zero1"
+    names = {path.name for path in folder.iterdir()}
+    assert {"checkpoints", "tensorboard", "resolved_config.yaml", "resolved_config.txt"} <= names
+    assert {"resolved_ds_config.json", "training_summary.json"} <= names
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary["step"] == STEPS and summary["validation_loss"] > 0
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
+
+
+def resume_cells(rank, world_size, data, root):
+    from megagpt.checkpoint.state import find_checkpoint
+
+    outcome = {}
+    for stage, precision in RESUME_CELLS:
+        zero, digests, runs = f"zero{stage}", [], []
+        for name, parts in (("straight", [None]), ("resumed", [6, None])):
+            folder = Path(root) / f"{zero}_{precision}_{name}"
+            curve = []
+            for part, exit_step in enumerate(parts):
+                load = "auto" if part else "none"
+                curve += train(
+                    rank, world_size, data, folder, zero, precision, 12, exit_step, load
+                )
+            runs.append(curve)
+            weights = find_checkpoint(folder) / "weights.safetensors"
+            digests.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+        outcome[f"{zero}/{precision}"] = (*runs, *digests)
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    return run_distributed(resume_cells, 2, str(data), str(root), timeout_seconds=400)[0]
+
+
+@pytest.mark.parametrize("stage,precision", RESUME_CELLS)
+def test_stop_and_resume_equals_a_straight_run_to_the_last_bit(resumed, stage, precision):
+    straight, resumed_curve, weights, resumed_weights = resumed[f"zero{stage}/{precision}"]
+    assert len(straight) == 12
+    assert resumed_curve == straight  # floats compared exactly, gradient norms too
+    assert resumed_weights == weights
+
+
+def run_script(command, cwd, **environment):
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def script_arguments(data, output_dir):
+    return [
+        str(ROOT / "launch/pretrain.py"), "--ds_config", str(ROOT / "ds_configs/zero3.json"),
+        "--model.num_layers", "1", "--model.hidden_size", "32", "--model.num_attention_heads", "2",
+        "--model.seq_length", "32", "--batch.global_batch_size", "8", "--training.train_steps", "3",
+        "--training.precision", "fp32", "--data.path", str(data), "--data.split", "8,1,1",
+        "--output_dir", str(output_dir),
+    ]  # fmt: skip
+
+
+def final_loss(output_dir):
+    return json.loads((output_dir / "training_summary.json").read_text())["train_loss"]
+
+
+def test_the_same_script_runs_under_python_torchrun_and_deepspeed(data, tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("localhost slots=2\n")
+    binaries = Path(sys.executable).parent
+    launchers = {
+        "python": [sys.executable],
+        "torchrun": [str(binaries / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+        "deepspeed": [str(binaries / "deepspeed"), "--hostfile", str(hostfile)]
+        + ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", free_port()],
+    }
+    losses = {}
+    for name, command in launchers.items():
+        output_dir = tmp_path / name
+        done = run_script(command + script_arguments(data, output_dir), tmp_path)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        losses[name] = final_loss(output_dir)
+    assert losses["torchrun"] == losses["deepspeed"]
+    assert math.isclose(losses["python"], losses["torchrun"], rel_tol=1e-5)
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_a_fault_of_the_user_ends_every_rank_with_one_line(data, tmp_path):
+    hostless = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    arguments = script_arguments(data, tmp_path / "run") + ["--checkpoint.load", "auto"]
+    done = run_script([*hostless, *arguments], tmp_path)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "holds no complete checkpoint" in lines[0]
+    assert not (tmp_path / "run").exists()

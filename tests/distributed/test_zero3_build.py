@@ -1,0 +1,118 @@
+"""ZeRO-3 construction: the plain model's values bit for bit, and at most shard + one layer."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megagpt.config.schema import ModelConfig
+from megagpt.model.gpt import GPTModel
+from megagpt.testing.distributed import run_distributed
+
+CONFIG = ModelConfig(
+    num_layers=2, hidden_size=20, num_attention_heads=2, ffn_hidden_size=51, seq_length=9,
+    vocab_size=37, vocab_padding_multiple=1,
+)  # fmt: skip
+LLAMA = dataclasses.replace(
+    CONFIG, normalization="rmsnorm", position_embedding="rope", activation="swiglu", bias=False,
+    num_kv_heads=1, tie_embeddings=False,
+)  # fmt: skip
+# Deep, and with a vocabulary smaller than a layer, so that "one layer" is one block.
+DEEP = dataclasses.replace(CONFIG, num_layers=12, hidden_size=256, ffn_hidden_size=1024)
+
+
+def ds_config(stage, dtype, offload=False):
+    zero = {"stage": stage}
+    if offload:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": zero,
+    }
+
+
+def value_cells(rank, world_size):
+    import deepspeed
+
+    from megagpt.model.zero3 import build_model
+
+    for config in (CONFIG, LLAMA):
+        for dtype in (torch.float32, torch.bfloat16):
+            plain = build_model(config, seed=7, dtype=dtype, ds_config=ds_config(1, dtype))
+            expected = dict(plain.named_parameters())
+            for offload in (False, True):
+                model = build_model(
+                    config, seed=7, dtype=dtype, ds_config=ds_config(3, dtype, offload)
+                )
+                parameters = dict(model.named_parameters())
+                assert parameters.keys() == expected.keys()
+                for name, parameter in parameters.items():
+                    # 37 x 20 and 51 do not divide evenly: the last shard is padded
+                    assert parameter.ds_tensor.numel() == -(-expected[name].numel() // world_size)
+                    assert getattr(parameter, "tp_dim", None) == getattr(
+                        expected[name], "tp_dim", None
+                    )
+                    with deepspeed.zero.GatheredParameters([parameter]):
+                        assert parameter.dtype == dtype
+                        assert torch.equal(parameter, expected[name]), name
+                    assert parameter.numel() == 0  # given back
+    return True
+
+
+def peak_bytes(prof):
+    """Largest sum of live allocations of torch's CPU allocator during a profile."""
+    allocations = []
+
+    def visit(event):
+        fields = event.extra_fields
+        if hasattr(fields, "alloc_size"):
+            allocations.append((event.start_time_ns, fields.alloc_size))
+        for child in event.children:
+            visit(child)
+
+    for event in prof.profiler.kineto_results.experimental_event_tree():
+        visit(event)
+    live = peak = 0
+    for _, size in sorted(allocations, key=lambda pair: pair[0]):
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+def measured_build(stage, dtype):
+    from megagpt.model.zero3 import build_model
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        model = build_model(DEEP, seed=7, dtype=dtype, ds_config=ds_config(stage, dtype))
+    del model
+    return peak_bytes(prof)
+
+
+def memory_cells(rank, world_size):
+    measured_build(3, torch.float32)  # what DeepSpeed allocates once is not counted
+    return {
+        str(dtype): (measured_build(1, dtype), measured_build(3, dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_values_of_the_shards_are_the_plain_models_bit_for_bit(world_size):
+    assert run_distributed(value_cells, world_size) == [True] * world_size
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_no_rank_holds_more_than_its_shard_and_one_layer(world_size):
+    with torch.device("meta"):
+        model = GPTModel(DEEP)
+    total = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.layers[0].parameters())
+    assert layer > model.embedding.word.weight.numel()
+    for peaks in run_distributed(memory_cells, world_size):
+        for dtype, width in (("torch.float32", 4), ("torch.bfloat16", 2)):
+            whole, sharded = peaks[dtype]
+            assert whole >= total * width  # the meter sees a whole model where there is one
+            # values are drawn in float32, whatever the weights are
+            assert sharded <= total * width / world_size + layer * 4 + 64 * 1024

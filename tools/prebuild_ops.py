@@ -1,0 +1,27 @@
+"""Compiles DeepSpeed's CPU ops, so that the first run does not wait for them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from megagpt.config.command_line import run_command
+from megagpt.operations.prebuild import prebuild
+
+
+def main(arguments: list[str]) -> int:
+    """Parses the command line and compiles."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    prebuild()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
