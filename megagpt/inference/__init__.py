@@ -1,1 +1,1 @@
-"""Text and figures from a checkpoint."""
+"""Generation and evaluation from a checkpoint."""

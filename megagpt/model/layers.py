@@ -31,7 +31,7 @@ def empty_parameter(*shape: int, tp_dim: int | None = None) -> nn.Parameter:
     """An uninitialised parameter of a local shape, marked with the dim that tp splits."""
     parameter = nn.Parameter(torch.empty(*shape))
     if tp_dim is not None:
-        parameter.tp_dim = tp_dim
+        parameter.tp_dim = tp_dim  # type: ignore[attr-defined]
     return parameter
 
 

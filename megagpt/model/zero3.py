@@ -6,6 +6,8 @@ DeepSpeed besides the pipeline.
 
 from __future__ import annotations
 
+from typing import Any
+
 import deepspeed
 import torch
 
@@ -57,6 +59,7 @@ def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: G
     `ds_tensor`: the flat parameter, padded, cut into one piece for each rank (DeepSpeed 0.19.8,
     `partition_parameters.py`, `_partition_param`).
     """
+    parameter: Any  # carries DeepSpeed's ds_* attributes
     for name, parameter in model.named_parameters():
         value = local_initial_value(
             name, parameter, parameter.ds_shape, config, seed=seed, tp_group=tp_group

@@ -52,7 +52,7 @@ def loss_and_gradients(config, group):
             dist.all_gather(parts, gradient.contiguous(), group=group)
             if dim is None:
                 for part in parts:  # replicated: every rank must hold the whole gradient
-                    torch.testing.assert_close(part, gradient, rtol=1e-5, atol=1e-6)
+                    assert torch.equal(part, gradient), name
             else:
                 gradient = torch.cat(parts, dim=dim)
         if name in ("embedding.word.weight", "lm_head.weight"):
@@ -68,6 +68,8 @@ def cells(rank, world_size):
     groups[2] = pairs[rank // 2]
     for name, config in CONFIGS.items():
         expected_loss, expected = loss_and_gradients(config, None)
+        # A key norm's bias has gradient 0 but for rounding, which the largest gradient measures.
+        largest = max(gradient.abs().max().item() for gradient in expected.values())
         for tp, group in groups.items():
             loss, gradients = loss_and_gradients(config, group)
             # fp32 sums in another order, through two layers
@@ -78,7 +80,7 @@ def cells(rank, world_size):
                     gradient,
                     expected[key],
                     rtol=1e-4,
-                    atol=1e-5 * expected[key].abs().max().item() + 1e-7,
+                    atol=1e-5 * expected[key].abs().max().item() + 1e-7 * largest,
                     msg=lambda m, at=f"{name} tp={tp} {key}: ": at + m,
                 )
     return True

@@ -1,0 +1,178 @@
+"""Loss, perplexity and bits per byte of a model on a split, every token scored once.
+
+Windows of seq_length slide by `stride`; each scores only the tokens that no earlier one has scored, so
+a token past the first window has at least seq_length - stride tokens of context. An end of document
+stands before the split, as it does before documents in training, so the first token is scored too.
+"""
+
+# b windows, s seq_length, n tokens of the split
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megagpt.config.schema import DataConfig
+from megagpt.data.gpt_dataset import IGNORE_INDEX, SPLITS, split_bounds, split_prefixes
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.manifest import read_manifest
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.model.gpt import GPTModel
+
+_REPORT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """The tokens of a split and the size of the text they stand for."""
+
+    tokens: np.ndarray
+    """[n], int64, ends of documents included."""
+    text_bytes: int
+    """UTF-8 bytes of the text."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a split."""
+
+    loss: float
+    """Nats per token, ends of documents included."""
+    perplexity: float
+    """exp(loss), per token."""
+    bits_per_byte: float
+    """All nats in bits, over the UTF-8 bytes of the text; comparable between tokenizers."""
+    num_tokens: int
+    """Tokens scored: all of the split."""
+    text_bytes: int
+    """UTF-8 bytes of the text."""
+
+
+def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> SplitText:
+    """Reads a split whole.
+
+    Args:
+        data: As the model was trained with.
+        split: train, valid or test.
+        tokenizer: Gives the size of the text where the manifest does not (one pair for all splits).
+
+    Raises:
+        ValueError: If the split is not configured, empty, or of another tokenizer.
+    """
+    prefixes = split_prefixes(data)
+    if split not in prefixes:
+        raise ValueError(
+            f"the run has no {split} data; choose --split from {', '.join(prefixes)}, or train with "
+            f"--data.{split}_path"
+        )
+    prefix = prefixes[split]
+    indexed, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{prefix} was made with another tokenizer than {tokenizer.path}; preprocess it again "
+            "with that of the model"
+        )
+    first, last = 0, indexed.num_documents
+    if data.path is not None:
+        first, last = split_bounds(data.split, last)[SPLITS.index(split)]
+    documents = [indexed.document(i).astype(np.int64) for i in range(first, last)]
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int64)
+    if manifest is not None and last - first == indexed.num_documents:
+        text_bytes = manifest.text_bytes
+    else:
+        text_bytes = sum(
+            len(tokenizer.decode(d[d != tokenizer.eod].tolist()).encode()) for d in documents
+        )
+    if len(tokens) == 0 or text_bytes == 0:
+        raise ValueError(f"the {split} split of {prefix} is empty; choose another --split")
+    return SplitText(tokens, text_bytes)
+
+
+@torch.no_grad()
+def total_loss(
+    model: GPTModel,
+    tokens: np.ndarray,
+    *,
+    eod: int,
+    stride: int,
+    batch_size: int = 8,
+    report: Callable[[str], None] | None = None,
+) -> float:
+    """Sum of the losses of all tokens.
+
+    Args:
+        model: Whole, at tp = 1.
+        tokens: [n], int64; n >= 1.
+        eod: Stands before the first token.
+        stride: Tokens that each window after the first scores, 1 to seq_length.
+        batch_size: Windows in one forward pass.
+        report: Called with a line of progress every 10 seconds.
+
+    Returns:
+        Nats; float64 sum.
+
+    Raises:
+        ValueError: If stride is outside its range.
+    """
+    seq_length = model.config.seq_length
+    if not 1 <= stride <= seq_length:
+        raise ValueError(
+            f"stride={stride} must lie between 1 and seq_length={seq_length}; give such a number"
+        )
+    num_tokens = len(tokens)
+    inputs = np.concatenate([[eod], tokens[:-1]])  # [n]; inputs[i] stands before tokens[i]
+    size = min(seq_length, num_tokens)
+    ends = [size, *range(size + stride, num_tokens, stride)]
+    if ends[-1] != num_tokens:
+        ends.append(num_tokens)
+    windows = []  # of size tokens up to `end`, with the first position that is scored
+    for previous, end in zip([0, *ends[:-1]], ends, strict=True):
+        windows.append((end - size, previous - (end - size)))
+    device = next(model.parameters()).device
+    total, begin, reported = 0.0, time.monotonic(), time.monotonic()
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        batch_inputs = np.stack([inputs[start : start + size] for start, _ in batch])
+        labels = np.stack([tokens[start : start + size] for start, _ in batch])  # [b, s]
+        for row, (_, num_scored_before) in enumerate(batch):
+            labels[row, :num_scored_before] = IGNORE_INDEX
+        losses = model(
+            torch.from_numpy(batch_inputs).to(device), torch.from_numpy(labels).to(device)
+        )  # [b, s]
+        total += losses.sum(dtype=torch.float64).item()
+        now = time.monotonic()
+        if report is not None and now - reported > _REPORT_SECONDS:
+            reported, share = now, (first + len(batch)) / len(windows)
+            report(
+                f"evaluated {share:.0%} of {num_tokens} tokens, "
+                f"{(now - begin) * (1 - share) / share:.0f} s left"
+            )
+    return total
+
+
+def evaluate(
+    model: GPTModel,
+    text: SplitText,
+    *,
+    eod: int,
+    stride: int,
+    batch_size: int = 8,
+    report: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Scores a split; see `total_loss` for the arguments."""
+    nats = total_loss(
+        model, text.tokens, eod=eod, stride=stride, batch_size=batch_size, report=report
+    )
+    loss = nats / len(text.tokens)
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # exp(710) overflows
+        bits_per_byte=nats / math.log(2) / text.text_bytes,
+        num_tokens=len(text.tokens),
+        text_bytes=text.text_bytes,
+    )

@@ -1,0 +1,123 @@
+"""A trained model with its tokenizer, from a run folder or a step folder.
+
+Next files: `generate.py`, `evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megagpt.config.schema import Config
+from megagpt.data.gpt_dataset import split_prefixes
+from megagpt.data.manifest import read_manifest
+from megagpt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from megagpt.model.gpt import GPTModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What generation and evaluation need of a checkpoint."""
+
+    model: GPTModel
+    """Whole, in float32, in evaluation mode."""
+    tokenizer: Tokenizer
+    """The one its data was made with."""
+    config: Config
+    """The configuration it was trained with."""
+    step: int
+    """Optimizer steps it was trained for."""
+    device: torch.device
+    """Where its weights are."""
+
+
+def default_device() -> torch.device:
+    """The accelerator that DeepSpeed would take: CUDA where there is one, unless it is told cpu."""
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu" if on_cpu else "cuda")
+
+
+def build_model(
+    config: Config, weights: dict[str, torch.Tensor], *, device: torch.device
+) -> GPTModel:
+    """The model of a configuration with weights by canonical name.
+
+    Args:
+        config: As trained; model.vocab_size is set.
+        weights: Whole tensors; a tied output weight is absent.
+        device: Where the model goes.
+
+    Raises:
+        ValueError: If names or shapes are not those of the configuration.
+    """
+    model = GPTModel(config.model)
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    differing = sorted(
+        name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)
+    )
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"the checkpoint has {name} of shape {given.get(name)}, its configuration means "
+            f"{shapes.get(name)} ({len(differing)} such); use another step_* folder"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return model.requires_grad_(False).eval().to(device)
+
+
+def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> LoadedModel:
+    """Opens a checkpoint for inference.
+
+    Args:
+        checkpoint: Run folder (its newest step) or step folder.
+        tokenizer_path: Where the tokenizer is now; default: the one of the run's data.
+
+    Raises:
+        ValueError: If there is no whole checkpoint, or its tokenizer is missing or another one.
+    """
+    device = default_device()
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Imports DeepSpeed, which decides for an accelerator at its import.
+    from megagpt.checkpoint.weights import load_model_weights
+
+    config, weights, step = load_model_weights(checkpoint)
+    tokenizer = load_tokenizer(_tokenizer_path(config, tokenizer_path))
+    assert config.model.vocab_size is not None, "checkpoints hold the resolved configuration"
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; "
+            "give the tokenizer it was trained with, --tokenizer PATH"
+        )
+    model = build_model(config, weights, device=device)
+    return LoadedModel(model, tokenizer, config, step, device)
+
+
+def _tokenizer_path(config: Config, given: str | None) -> str:
+    """The tokenizer asked for, checked against the data's manifest where that is at hand."""
+    path = given or config.data.tokenizer_path
+    prefix = split_prefixes(config.data).get("train")
+    manifest = read_manifest(prefix) if prefix else None
+    if manifest is None:
+        if path is None:
+            raise ValueError(
+                f"the data {prefix} that names the tokenizer is not here; run in the folder of the "
+                "training, or give --tokenizer PATH"
+            )
+        return path
+    if path is None:
+        path = manifest.tokenizer_path
+    if tokenizer_sha256(path) != manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{path} is not the tokenizer that {prefix} was made with (its hash differs); give that "
+            "one, --tokenizer PATH"
+        )
+    return path

@@ -1,0 +1,61 @@
+"""Loss, perplexity and bits per byte of a trained model on a split of its data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from megagpt.config.command_line import run_command
+from megagpt.data.gpt_dataset import SPLITS
+from megagpt.data.manifest import write_json
+from megagpt.inference.evaluate import evaluate, read_split
+from megagpt.inference.load import load
+
+
+def main(arguments: list[str]) -> int:
+    """Parses the command line, evaluates, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="run folder or step_* folder")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    parser.add_argument("--stride", type=int, help="tokens between windows; default seq_length / 2")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows in one forward pass")
+    parser.add_argument("--tokenizer", help="default: that of the run's data")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size={options.batch_size} must be at least 1; give more")
+    begin = time.monotonic()
+    loaded = load(options.checkpoint, tokenizer_path=options.tokenizer)
+    stride = options.stride
+    if stride is None:
+        stride = max(1, loaded.config.model.seq_length // 2)
+    text = read_split(loaded.config.data, options.split, loaded.tokenizer)
+    evaluation = evaluate(
+        loaded.model,
+        text,
+        eod=loaded.tokenizer.eod,
+        stride=stride,
+        batch_size=options.batch_size,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    result = {
+        "checkpoint": options.checkpoint,
+        "step": loaded.step,
+        "split": options.split,
+        "stride": stride,
+        **dataclasses.asdict(evaluation),
+        "seconds": time.monotonic() - begin,
+    }
+    for key, value in result.items():
+        print(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
