@@ -1,3 +1,3 @@
-"""Pretraining of GPT models under DeepSpeed, from one laptop CPU to many nodes, with one command line."""
+"""Pretraining of GPT models under DeepSpeed, from one laptop CPU to many nodes."""
 
 __version__ = "0.1.0"

@@ -252,6 +252,10 @@ def summarise() -> dict:
 
 def print_summary(summary: dict) -> None:
     """What was reached and where to look next."""
+    words = [str(word) for word in train_command()]
+    port = words.index("--master_port")
+    del words[port : port + 2]
+    resume = shlex.join([".venv/bin/deepspeed", *words[1:]])
     training = f"{summary['tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s"
     print(f"""
 parameters       {summary["num_parameters"]:,}
@@ -267,8 +271,7 @@ whole demo       {summary["seconds"]:.0f} s; figures in {SUMMARY}
 
 curves           .venv/bin/tensorboard --logdir {RUN}/tensorboard
 generate         .venv/bin/python tools/generate.py --checkpoint {RUN} --prompt "{PROMPT}"
-train on         .venv/bin/deepspeed --num_accelerators {NUM_PROCESSES} launch/pretrain.py --config {CONFIG} \
---ds_config {DS_CONFIG} --checkpoint.load auto --training.train_steps N""")
+train on         {resume} --training.train_steps N""")
 
 
 def main(arguments: list[str]) -> int:

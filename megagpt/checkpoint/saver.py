@@ -28,7 +28,8 @@ def _agree(error: OSError | None) -> None:
     failed = [f"rank {rank}: {m}" for rank, m in enumerate(messages) if m is not None]
     if failed:
         raise OSError(
-            f"checkpoint not saved ({'; '.join(failed)}); free space or name a writable --output_dir; "
+            f"checkpoint not saved ({'; '.join(failed)}); free space or name a writable "
+            f"--output_dir; "
             "earlier checkpoints are untouched"
         )
 
@@ -100,7 +101,11 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, directory: Path) -> None:
     Raises:
         ValueError: If DeepSpeed finds nothing to load there.
     """
-    loaded, _ = engine.load_checkpoint(str(directory), tag=_ENGINE_TAG, load_lr_scheduler_states=False)
+    loaded, _ = engine.load_checkpoint(
+        str(directory), tag=_ENGINE_TAG, load_lr_scheduler_states=False
+    )
     if loaded is None:
-        raise ValueError(f"{directory} holds no state of the engine; resume from an older step_* folder")
+        raise ValueError(
+            f"{directory} holds no state of the engine; resume from an older step_* folder"
+        )
     torch.distributed.barrier()

@@ -62,12 +62,14 @@ def read_state(directory: Path) -> CheckpointState:
         return CheckpointState(**values)
     except FileNotFoundError:
         raise ValueError(
-            f"{directory} holds no complete checkpoint ({STATE_FILE} is missing); name a step_* folder "
+            f"{directory} holds no complete checkpoint ({STATE_FILE} is missing); name a "
+            f"step_* folder "
             "or a run folder that has one"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}); resume from an older step_* folder"
+            f"{path} is damaged ({type(error).__name__}: {error}); resume from an older "
+            f"step_* folder"
         ) from None
 
 
@@ -135,11 +137,14 @@ def refuse_other_run(
     ):
         if a != b:
             differences.append(
-                f"{name}: the files have changed" if name == "data" else f"{name}: saved {a}, asked {b}"
+                f"{name}: the files have changed"
+                if name == "data"
+                else f"{name}: saved {a}, asked {b}"
             )
     if differences:
         raise ValueError(
             "cannot resume, because this run differs from the checkpoint: "
             + "; ".join(differences)
-            + "; give the saved values, or start afresh with --checkpoint.load none and another --output_dir"
+            + "; give the saved values, or start afresh with --checkpoint.load none and "
+            "another --output_dir"
         )

@@ -32,13 +32,13 @@ class ModelConfig:
     num_kv_heads: int | None = None
     """Key/value heads for grouped-query attention; default num_attention_heads."""
     ffn_hidden_size: int | None = None
-    """Inner width of the MLP; default 4 * hidden_size for gelu, 8/3 of it to a multiple of 64 for swiglu."""
+    """Inner width of the MLP; default 4 * hidden_size, under swiglu 8/3 to a multiple of 64."""
     seq_length: int = 256
     """Tokens of one training sample, and the largest context."""
     vocab_size: int | None = None
     """Tokens of the vocabulary; default: the tokenizer's, read from the data's manifest."""
     vocab_padding_multiple: int = 128
-    """The embedding is padded to this times tensor_parallel_size; padded entries are masked in the loss."""
+    """The vocabulary is padded to this times tensor_parallel_size; the loss masks the padding."""
     normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Kind of norm."""
     norm_eps: float = 1e-5
@@ -56,7 +56,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Share the embedding with the output layer."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; residual outputs get init_std / sqrt(2 * num_layers)."""
+    """Standard deviation of initial weights; over sqrt(2 * num_layers) for residual outputs."""
 
     def __post_init__(self) -> None:
         """Checks the shape; a bad one is a ValueError."""
@@ -108,8 +108,10 @@ class ModelConfig:
         return 4 * self.hidden_size
 
     def padded_vocab_size(self, tensor_parallel_size: int = 1) -> int:
-        """Rows of the embedding: vocab_size rounded up to vocab_padding_multiple * tensor_parallel_size."""
-        assert self.vocab_size is not None, "vocab_size is filled in from the data before the model is built"
+        """Rows of the embedding: vocab_size, up to vocab_padding_multiple * tensor_parallel_size."""
+        assert self.vocab_size is not None, (
+            "vocab_size is filled in from the data before the model is built"
+        )
         multiple = self.vocab_padding_multiple * tensor_parallel_size
         return (self.vocab_size + multiple - 1) // multiple * multiple
 
@@ -151,7 +153,8 @@ class BatchConfig:
         if self.global_batch_size % per_pass:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size="
-                f"{self.micro_batch_size} x data-parallel size {data_parallel_size}; choose a multiple "
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size}; choose a "
+                f"multiple "
                 f"of {per_pass} for --batch.global_batch_size"
             )
         return self.global_batch_size // per_pass
@@ -200,7 +203,8 @@ class OptimizerConfig:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; choose a smaller min_lr")
         if self.wsd_decay_steps is not None and self.schedule != "wsd":
             raise ValueError(
-                f"wsd_decay_steps={self.wsd_decay_steps} has no effect under schedule={self.schedule}; "
+                f"wsd_decay_steps={self.wsd_decay_steps} has no effect under "
+                f"schedule={self.schedule}; "
                 "choose schedule=wsd or leave it out"
             )
 
@@ -214,7 +218,7 @@ class TrainingConfig:
     train_tokens: int | None = None
     """Stop after the step that reaches this many tokens."""
     exit_duration_seconds: float | None = None
-    """Save and stop after the first step that ends later than this since the start of the process."""
+    """Save and stop after the first step that ends later than this after the start."""
     exit_step: int | None = None
     """Save and stop after this step, before train_steps; the schedule is that of the whole run."""
     precision: Precision = "bf16"
@@ -241,7 +245,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens are: one preprocessed pair split by documents, or one pair for each split."""
+    """Where the tokens are: one pair split by documents, or one for each split."""
 
     path: str | None = None
     """Prefix of one .bin/.idx pair, divided into train, validation and test by `split`."""
@@ -260,7 +264,8 @@ class DataConfig:
         """Checks that exactly one way of naming the data is used."""
         if self.path and (self.train_path or self.valid_path or self.test_path):
             raise ValueError(
-                f"data.path={self.path} and data.train_path/valid_path/test_path exclude each other; "
+                f"data.path={self.path} and data.train_path/valid_path/test_path exclude each "
+                f"other; "
                 "name one pair to split, or one pair for each split"
             )
         if (self.valid_path or self.test_path) and not self.train_path:
@@ -312,7 +317,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     output_dir: str = "runs/default"
-    """Run folder: checkpoints/, tensorboard/, resolved_config.yaml, resolved_config.txt, resolved_ds_config.json."""
+    """Run folder: checkpoints, TensorBoard, and the resolved configuration."""
 
     def __post_init__(self) -> None:
         """Checks what crosses sections."""
@@ -327,7 +332,8 @@ class Config:
         decay_steps = self.decay_steps
         if self.optimizer.warmup_steps >= decay_steps:
             raise ValueError(
-                f"warmup_steps={self.optimizer.warmup_steps} leaves nothing of decay_steps={decay_steps}; "
+                f"warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
+                f"decay_steps={decay_steps}; "
                 "choose a shorter warm-up"
             )
         if self.wsd_decay_steps > decay_steps - self.optimizer.warmup_steps:

@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte of a model on a split, every token scored once.
 
-Windows of seq_length slide by `stride`; each scores only the tokens that no earlier one has scored, so
-a token past the first window has at least seq_length - stride tokens of context. An end of document
+Windows of seq_length slide by `stride`; each scores only the tokens that no earlier one has scored,
+so a token past the first window has at least seq_length - stride tokens of context. An end of document
 stands before the split, as it does before documents in training, so the first token is scored too.
 """
 
@@ -67,7 +67,8 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> SplitText:
     prefixes = split_prefixes(data)
     if split not in prefixes:
         raise ValueError(
-            f"the run has no {split} data; choose --split from {', '.join(prefixes)}, or train with "
+            f"the run has no {split} data; choose --split from {', '.join(prefixes)}, or "
+            f"train with "
             f"--data.{split}_path"
         )
     prefix = prefixes[split]

@@ -94,7 +94,8 @@ def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> Loaded
     assert config.model.vocab_size is not None, "checkpoints hold the resolved configuration"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; "
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model "
+            f"{config.model.vocab_size}; "
             "give the tokenizer it was trained with, --tokenizer PATH"
         )
     model = build_model(config, weights, device=device)
@@ -117,7 +118,8 @@ def _tokenizer_path(config: Config, given: str | None) -> str:
         path = manifest.tokenizer_path
     if tokenizer_sha256(path) != manifest.tokenizer_sha256:
         raise ValueError(
-            f"{path} is not the tokenizer that {prefix} was made with (its hash differs); give that "
+            f"{path} is not the tokenizer that {prefix} was made with (its hash differs); "
+            f"give that "
             "one, --tokenizer PATH"
         )
     return path

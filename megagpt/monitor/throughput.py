@@ -1,6 +1,7 @@
 """Model FLOPs of a step, for the throughput that is logged.
 
-Pure arithmetic. Recomputation does not count, so the figure is a model rate (MFU), not a hardware one.
+Pure arithmetic. Recomputation does not count, so the figure is a model rate (MFU), not a
+hardware one.
 """
 
 from megagpt.config.schema import ModelConfig

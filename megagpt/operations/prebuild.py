@@ -1,8 +1,8 @@
 """Compiles DeepSpeed's CPU ops before a run needs them, and removes the locks of killed builds.
 
-torch compiles an op under a file `lock` in the op's folder, which a killed build leaves behind; every
-later run then waits in `FileBaton.wait` for ever, without a message. Importing this module needs the
-standard library only. The command is `tools/prebuild_ops.py`.
+torch compiles an op under a file `lock` in the op's folder, which a killed build leaves behind;
+every later run then waits in `FileBaton.wait` for ever, without a message. Importing this module
+needs the standard library only. The command is `tools/prebuild_ops.py`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def prebuild(
     seconds = {}
     for number, name in enumerate(ops, 1):
         begin = time.monotonic()
-        _load(name, f"op {number}/{len(ops)} {name.removesuffix('Builder')}", report)
+        _load(name, f"op {number}/{len(ops)} {name}", report)
         seconds[name] = time.monotonic() - begin
     return seconds
 

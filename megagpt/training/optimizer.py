@@ -15,7 +15,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
     A ZeRO-3 parameter has an empty local tensor; its global shape is `ds_shape`.
     """
-    decay, no_decay = [], []
+    decay: list[torch.Tensor] = []
+    no_decay: list[torch.Tensor] = []
     for parameter in model.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decay if len(shape) >= 2 else no_decay).append(parameter)

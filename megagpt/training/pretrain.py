@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megagpt.config.command_line import parse_config
 from megagpt.operations.prebuild import remove_stale_locks
@@ -48,7 +48,7 @@ def pretrain(arguments: list[str]) -> int:
     return 0
 
 
-def _check_everything(arguments: list[str]) -> tuple[Trainer, str]:
+def _check_everything(arguments: list[str]) -> tuple[Trainer, Literal["cpu", "cuda"]]:
     """All that can be found wrong without other ranks; no process group exists yet."""
     config, ds_config, sources = parse_config(_demo_by_default(arguments))
     rank = int(os.environ.get("RANK", "0"))
@@ -59,7 +59,7 @@ def _check_everything(arguments: list[str]) -> tuple[Trainer, str]:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"
+    device: Literal["cpu", "cuda"] = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"
     # PyTorch's builder takes the ninja on PATH, and another version of it compiles every op anew.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.

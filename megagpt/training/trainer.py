@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class Trainer:
         ds_config_path: str,
         sources: dict[str, str],
         world: World,
-        device: str,
+        device: Literal["cpu", "cuda"],
     ) -> None:
         self.start_time = time.monotonic()
         self.world = world
@@ -137,7 +138,8 @@ class Trainer:
         if load == "none":
             if list(self.checkpoints.glob("step_*/state.json")):
                 raise ValueError(
-                    f"output_dir={self.run_directory} already holds checkpoints, which a fresh run would "
+                    f"output_dir={self.run_directory} already holds checkpoints, which a "
+                    f"fresh run would "
                     "overwrite; resume with --checkpoint.load auto, or name another --output_dir"
                 )
             return fresh, None
@@ -168,7 +170,8 @@ class Trainer:
             self._write_resolved()
         if self._finished():
             logger.info(
-                f"nothing to do: step {self.state.step} of {config.training.train_steps} is already "
+                f"nothing to do: step {self.state.step} of {config.training.train_steps} is "
+                f"already "
                 f"trained in {self.run_directory}; raise --training.train_steps to go on"
             )
             return self._read_summary()
@@ -186,7 +189,8 @@ class Trainer:
         logger.info(
             f"parameters: {num_parameters:,} | tokens / micro-batch / rank: "
             f"{config.batch.micro_batch_size} x {config.model.seq_length} | tokens / step: "
-            f"{config.batch.global_batch_size * config.model.seq_length:,} | ranks: {self.world.size} | "
+            f"{config.batch.global_batch_size * config.model.seq_length:,} | ranks: "
+            f"{self.world.size} | "
             f"ZeRO stage: {self.zero_stage} | precision: {config.training.precision}"
         )
         metrics = MetricLogger(
@@ -312,7 +316,9 @@ class Trainer:
             "grad-norm": result.grad_norm,
             "params-norm": parameter_norm(engine),
             "batch-size": float(config.batch.global_batch_size),
-            "loss-scale": float(engine.loss_scale()) if config.training.precision == "fp16" else 1.0,
+            "loss-scale": float(engine.loss_scale())
+            if config.training.precision == "fp16"
+            else 1.0,
             "world-size": float(self.world.size),
             "iteration-time": seconds,
             "throughput": tflops,
@@ -366,7 +372,8 @@ def _with_vocab_size(config: Config) -> Config:
         )
     if given < manifest.vocab_size:
         raise ValueError(
-            f"model.vocab_size={given} is smaller than the {manifest.vocab_size} of the tokenizer of "
+            f"model.vocab_size={given} is smaller than the {manifest.vocab_size} of the "
+            f"tokenizer of "
             f"{prefix}; raise it or leave it out"
         )
     return config

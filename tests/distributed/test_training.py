@@ -39,7 +39,9 @@ def data(tmp_path_factory):
     return directory / "text"
 
 
-def train(rank, world_size, data, output_dir, zero, precision, steps=STEPS, exit_step=None, load="none"):
+def train(
+    rank, world_size, data, output_dir, zero, precision, steps=STEPS, exit_step=None, load="none"
+):
     """One run in this process; returns (loss, gradient norm) of each step."""
     from megagpt.config.command_line import parse_config
     from megagpt.training.trainer import Trainer, World
@@ -102,9 +104,9 @@ def test_fp32_losses_of_every_stage_and_offload_agree(curves, zero):
 
 @pytest.mark.parametrize("zero", BF16_CELLS)
 def test_bf16_losses_of_every_stage_and_offload_agree(curves, zero):
-    # bf16 keeps 8 bits: 2^-9 = 2e-3 relative per rounding; see docs/deepspeed.md for the figure found.
+    # A bf16 weight is rounded by 2^-9 = 2e-3; docs/deepspeed.md has the figure found, 1e-5.
     a, b = curves[f"bf16/{zero}"], curves["bf16/zero1"]
-    assert largest_difference(a, b, 0) < 5e-3
+    assert largest_difference(a, b, 0) < 1e-4
 
 
 def test_the_model_learns_and_clipping_is_active(curves):
@@ -135,9 +137,7 @@ def resume_cells(rank, world_size, data, root):
             curve = []
             for part, exit_step in enumerate(parts):
                 load = "auto" if part else "none"
-                curve += train(
-                    rank, world_size, data, folder, zero, precision, 12, exit_step, load
-                )
+                curve += train(rank, world_size, data, folder, zero, precision, 12, exit_step, load)
             runs.append(curve)
             weights = find_checkpoint(folder) / "weights.safetensors"
             digests.append(hashlib.sha256(weights.read_bytes()).hexdigest())
@@ -213,9 +213,9 @@ def free_port():
 
 
 def test_a_fault_of_the_user_ends_every_rank_with_one_line(data, tmp_path):
-    hostless = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone"]
     arguments = script_arguments(data, tmp_path / "run") + ["--checkpoint.load", "auto"]
-    done = run_script([*hostless, *arguments], tmp_path)
+    done = run_script([*torchrun, "--nproc_per_node", "2", *arguments], tmp_path)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "holds no complete checkpoint" in lines[0]

@@ -122,7 +122,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(build):
     gradients = convert({n: p.grad for n, p in theirs.named_parameters()}, fill=0.0)
     largest = max(gradient.abs().max().item() for gradient in gradients.values())
     for name, parameter in ours.named_parameters():
-        # A key's bias shifts a whole row of scores, so its gradient is 0 but for rounding: `largest`.
+        # A key's bias shifts a whole row of scores: its gradient is 0 but for rounding, `largest`.
         scale = gradients[name].abs().max().item()
         torch.testing.assert_close(
             parameter.grad,

@@ -1,0 +1,143 @@
+"""Locks of builds: removed when their process is gone, kept while it is there."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from megagpt.operations.prebuild import extensions_root, remove_stale_locks
+
+HOLD_LOCK = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+assert FileBaton(sys.argv[1]).try_acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(params=["op", "py311_cpu/op"], ids=["TORCH_EXTENSIONS_DIR", "cache"])
+def lock(request, tmp_path):
+    folder = tmp_path / request.param
+    folder.mkdir(parents=True)
+    return folder / "lock"
+
+
+def start(command, **kwargs):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_lock_of_a_killed_build_is_removed_with_a_message(lock, tmp_path):
+    builder = start([sys.executable, "-c", HOLD_LOCK, str(lock)])
+    assert builder.stdout.readline() == "held\n"
+    lines = []
+    try:
+        assert remove_stale_locks(tmp_path, report=lines.append) == []
+        assert lock.exists() and not lines
+    finally:
+        builder.send_signal(signal.SIGKILL)
+        builder.wait()
+    assert lock.exists()
+    assert remove_stale_locks(tmp_path, report=lines.append) == [lock]
+    assert not lock.exists()
+    assert len(lines) == 1 and str(lock) in lines[0]
+    # The next build gets the lock at once.
+    assert FileBaton(str(lock)).try_acquire()
+
+
+def test_lock_that_this_process_holds_is_kept(lock, tmp_path):
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    assert remove_stale_locks(tmp_path) == []
+    baton.release()
+    assert remove_stale_locks(tmp_path) == []
+
+
+def test_lock_is_kept_while_a_compiler_works_in_its_folder(lock, tmp_path):
+    lock.touch()
+    compiler = tmp_path / "ninja"
+    shutil.copy(shutil.which("sleep"), compiler)
+    process = start([str(compiler), "600"], cwd=lock.parent)
+    try:
+        deadline = time.monotonic() + 10
+        while open(f"/proc/{process.pid}/comm").read() != "ninja\n":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert remove_stale_locks(tmp_path) == []
+    finally:
+        process.kill()
+        process.wait()
+    assert remove_stale_locks(tmp_path) == [lock]
+
+
+def test_a_shell_in_the_folder_does_not_hold_the_lock(lock, tmp_path):
+    lock.touch()
+    process = start(["sleep", "600"], cwd=lock.parent)
+    try:
+        assert remove_stale_locks(tmp_path) == [lock]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_extensions_root_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert extensions_root() == tmp_path
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # torch's own answer, without the folder for this Python and accelerator
+    from torch.utils.cpp_extension import get_default_build_root
+
+    assert str(extensions_root()) == get_default_build_root()
+
+
+def test_prebuild_says_that_other_accelerators_need_nothing(monkeypatch):
+    from deepspeed import accelerator
+
+    from megagpt.operations.prebuild import prebuild
+
+    cuda = accelerator.get_accelerator().__class__()
+    cuda.device_name = lambda: "cuda"
+    monkeypatch.setattr(accelerator, "get_accelerator", lambda: cuda)
+    lines = []
+    assert prebuild(report=lines.append) == {}
+    assert len(lines) == 1 and "accelerator=cuda" in lines[0]
+
+
+def test_importing_prebuild_needs_no_torch():
+    code = "import sys, megagpt.operations.prebuild; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+@pytest.mark.slow
+def test_prebuild_compiles_loads_again_and_mends_a_cut_library(tmp_path):
+    op = "FusedAdamBuilder"
+    code = f"from megagpt.operations.prebuild import prebuild; print(prebuild(ops=({op!r},)))"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+
+    def prebuild():
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=550,
+        )
+
+    first = prebuild()
+    assert first.returncode == 0, first.stderr
+    library = tmp_path / "fused_adam" / "fused_adam.so"
+    whole = library.read_bytes()
+    again = prebuild()
+    assert again.returncode == 0 and library.read_bytes() == whole
+    library.write_bytes(whole[: len(whole) // 2])
+    (library.parent / "lock").touch()
+    mended = prebuild()
+    assert mended.returncode == 0, mended.stderr
+    assert "stale build lock" in mended.stderr and "compiling it anew" in mended.stderr
+    assert library.read_bytes() != whole[: len(whole) // 2]
