@@ -92,6 +92,8 @@ class Demo:
             env=self.environment,
             stdout=subprocess.PIPE if output is not None else None,
             text=True,
+            # Its own session, so that an interrupt ends the launcher and its ranks alike.
+            start_new_session=True,
         )
         try:
             if output is not None:
@@ -101,9 +103,8 @@ class Demo:
                         print(line, end="", flush=True)
                         file.write(line)
             code = process.wait()
-        except BaseException:  # interrupted: never leave ranks behind
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+        except BaseException:  # interrupted: the launcher itself would leave its ranks behind
+            _end_session(process)
             raise
         if code:
             raise ValueError(f"`{shown}` exited with {code}; its message is above")
@@ -169,6 +170,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _end_session(leader: subprocess.Popen) -> None:
+    """Ends a process and all of its session: politely, and after ten seconds for certain."""
+    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + seconds
+        try:
+            os.killpg(leader.pid, number)
+            while time.monotonic() < deadline:
+                os.killpg(leader.pid, 0)
+                leader.poll()  # reaps it
+                time.sleep(0.1)
+        except ProcessLookupError:  # all are gone
+            return
 
 
 def _is_newer(path: Path, source: Path) -> bool:
@@ -282,6 +297,8 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
+    # A terminated demo ends its ranks as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     demo = Demo(options.start_time)
     DATA.mkdir(parents=True, exist_ok=True)
     RUN.mkdir(parents=True, exist_ok=True)

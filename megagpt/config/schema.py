@@ -108,7 +108,7 @@ class ModelConfig:
         return 4 * self.hidden_size
 
     def padded_vocab_size(self, tensor_parallel_size: int = 1) -> int:
-        """Rows of the embedding: vocab_size, up to vocab_padding_multiple * tensor_parallel_size."""
+        """Rows of the embedding: vocab_size, padded to a multiple for tensor_parallel_size."""
         assert self.vocab_size is not None, (
             "vocab_size is filled in from the data before the model is built"
         )

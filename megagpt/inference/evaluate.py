@@ -1,8 +1,9 @@
 """Loss, perplexity and bits per byte of a model on a split, every token scored once.
 
 Windows of seq_length slide by `stride`; each scores only the tokens that no earlier one has scored,
-so a token past the first window has at least seq_length - stride tokens of context. An end of document
-stands before the split, as it does before documents in training, so the first token is scored too.
+so a token past the first window has at least seq_length - stride tokens of context. An end of
+document stands before the split, as it does before documents in training, so the first token is
+scored too.
 """
 
 # b windows, s seq_length, n tokens of the split

@@ -19,47 +19,63 @@ IGNORE_INDEX = -100
 """Label of a token that does not count."""
 
 
+def _row_chunks(logits: torch.Tensor) -> list[slice]:
+    """Rows to take at a time: on a CPU, as many as stay in its cache through all passes."""
+    num_rows = logits.shape[0]
+    step = max(1, 2**18 // logits.shape[1]) if logits.device.type == "cpu" else num_rows
+    return [slice(first, first + step) for first in range(0, num_rows, max(step, 1))]
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Keeps the logits and one number a row; backward computes the probabilities again."""
+
     @staticmethod
     def forward(ctx, logits, targets, vocab_size, group):
         local = logits.shape[-1]
         first = group_rank(group) * local
-        scores = logits.float()  # [t, v/tp]
-        if scores is logits:
-            scores = scores.clone()
         num_real = min(max(vocab_size - first, 0), local)
-        scores[:, num_real:] = -torch.inf
+        real = logits[:, :num_real]  # [t, at most v/tp], without the padding
         parallel = group_size(group) > 1
-        largest = scores.max(dim=-1).values
+        if num_real:
+            largest = real.amax(dim=-1).float()
+        else:
+            largest = logits.new_full(logits.shape[:1], -torch.inf, dtype=torch.float32)
         if parallel:
             # all-reduce over tp: local maxima -> the row's
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        scores -= largest.unsqueeze(-1)
         index = targets - first
         elsewhere = (index < 0) | (index >= num_real)
         index = index.masked_fill(elsewhere, 0)
-        target_score = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        target_score = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1).float() - largest
         target_score = target_score.masked_fill(elsewhere, 0.0)
-        probabilities = scores.exp_()
-        total = probabilities.sum(dim=-1)
+        total = torch.empty_like(largest)
+        for rows in _row_chunks(logits):
+            # bf16 - fp32 gives fp32
+            total[rows] = (real[rows] - largest[rows].unsqueeze(-1)).exp_().sum(dim=-1)
         if parallel:
             # all-reduces over tp: only the target's owner adds its score; partial sums -> full
             dist.all_reduce(target_score, group=group)
             dist.all_reduce(total, group=group)
         ignored = targets == IGNORE_INDEX
-        probabilities /= total.unsqueeze(-1)
-        ctx.save_for_backward(probabilities, index, elsewhere, ignored)
-        ctx.dtype = logits.dtype
-        return (total.log() - target_score).masked_fill(ignored, 0.0)
+        log_total = total.log()
+        ctx.save_for_backward(logits, largest + log_total, index, elsewhere, ignored)
+        ctx.num_real = num_real
+        return (log_total - target_score).masked_fill(ignored, 0.0)
 
     @staticmethod
     def backward(ctx, grad_output):
-        probabilities, index, elsewhere, ignored = ctx.saved_tensors
+        logits, log_sum_exp, index, elsewhere, ignored = ctx.saved_tensors
+        num_real = ctx.num_real
+        grad = torch.zeros_like(logits)
+        if num_real == 0:
+            return grad, None, None, None
         scale = grad_output.float().masked_fill(ignored, 0.0).unsqueeze(-1)
-        grad = probabilities * scale
-        own = torch.where(elsewhere.unsqueeze(-1), 0.0, -scale)
-        grad.scatter_add_(-1, index.unsqueeze(-1), own)
-        return grad.to(ctx.dtype), None, None, None
+        own = scale.masked_fill(elsewhere.unsqueeze(-1), 0.0).neg_()
+        for rows in _row_chunks(logits):
+            part = (logits[rows, :num_real] - log_sum_exp[rows].unsqueeze(-1)).exp_()
+            part.mul_(scale[rows]).scatter_add_(-1, index[rows].unsqueeze(-1), own[rows])
+            grad[rows, :num_real] = part
+        return grad, None, None, None
 
 
 def vocab_parallel_cross_entropy(

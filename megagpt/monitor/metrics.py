@@ -44,8 +44,9 @@ class MetricLogger:
             step: Steps completed.
             consumed_samples: Samples completed.
             values: By tag; needs `lm loss`, `learning-rate`, `grad-norm`, `batch-size`,
-                `loss-scale`, `params-norm`, `iteration-time` (seconds), `throughput` (TFLOP/s per rank),
-                `tokens-per-second`, `skipped-iterations`, `nan-iterations`.
+                `loss-scale`, `params-norm`, `iteration-time` (seconds),
+                `throughput` (TFLOP/s per rank), `tokens-per-second`, `skipped-iterations`,
+                `nan-iterations`.
         """
         if self.writer is None:
             return

@@ -40,7 +40,16 @@ def data(tmp_path_factory):
 
 
 def train(
-    rank, world_size, data, output_dir, zero, precision, steps=STEPS, exit_step=None, load="none"
+    rank,
+    world_size,
+    data,
+    output_dir,
+    zero,
+    precision,
+    steps=STEPS,
+    exit_step=None,
+    load="none",
+    extra=(),
 ):
     """One run in this process; returns (loss, gradient norm) of each step."""
     from megagpt.config.command_line import parse_config
@@ -59,6 +68,7 @@ def train(
     ]  # fmt: skip
     if exit_step is not None:
         arguments += ["--training.exit_step", str(exit_step)]
+    arguments += extra
     config, ds_config, sources = parse_config(arguments)
     trainer = Trainer(
         config,
@@ -157,6 +167,37 @@ def test_stop_and_resume_equals_a_straight_run_to_the_last_bit(resumed, stage, p
     assert len(straight) == 12
     assert resumed_curve == straight  # floats compared exactly, gradient norms too
     assert resumed_weights == weights
+
+
+def stop_cells(rank, world_size, data, root):
+    def cell(name, *extra):
+        return len(
+            train(rank, world_size, data, Path(root) / name, "zero1", "fp32", 12, extra=extra)
+        )
+
+    steps = {
+        # 8 samples of 48 tokens a step: the third one reaches 1,000
+        "tokens": cell("tokens", "--training.train_tokens", "1000"),
+        "time": cell("time", "--training.exit_duration_seconds", "0.001"),
+    }
+    errors = {}
+    for name, extra in (
+        ("shape", ("--checkpoint.load", str(Path(root) / "time"), "--model.hidden_size", "64")),
+        ("again", ()),
+    ):
+        try:
+            cell("tokens" if name == "again" else "other", *extra)
+        except ValueError as error:
+            errors[name] = str(error)
+    return steps, errors
+
+
+def test_runs_stop_by_tokens_and_time_and_refuse_another_shape_or_a_used_folder(data, tmp_path):
+    (steps, errors), *_ = run_distributed(stop_cells, 2, str(data), str(tmp_path))
+    assert steps == {"tokens": 3, "time": 1}
+    assert "model.hidden_size: saved 32, asked 64" in errors["shape"]
+    assert "already holds checkpoints" in errors["again"] and "auto" in errors["again"]
+    assert not (tmp_path / "other").exists()
 
 
 def run_script(command, cwd, **environment):

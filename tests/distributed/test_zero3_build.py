@@ -1,11 +1,12 @@
 """ZeRO-3 construction: the plain model's values bit for bit, and at most shard + one layer."""
 
 import dataclasses
-import gc
+import weakref
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.gpt import GPTModel
@@ -62,38 +63,45 @@ def value_cells(rank, world_size):
     return True
 
 
-def peak_bytes(prof):
-    """Most that torch's CPU allocator held at once during a profile, beyond what it held before."""
-    totals, first = [], []
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages made under it that are alive, and their peak."""
 
-    def visit(event):
-        fields = event.extra_fields
-        if hasattr(fields, "alloc_size"):
-            # The running total also knows what other threads (gloo's) have freed.
-            totals.append(fields.total_allocated)
-            first.append((event.start_time_ns, fields.total_allocated - fields.alloc_size))
-        for child in event.children:
-            visit(child)
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {}
 
-    for event in prof.profiler.kineto_results.experimental_event_tree():
-        visit(event)
-    return max(totals) - min(first)[1]
+    def _freed(self, reference):
+        self.live -= self.known.pop(reference)
+
+    def _count(self, value):
+        if isinstance(value, torch.Tensor):
+            reference = weakref.ref(value.untyped_storage(), self._freed)
+            if reference not in self.known:
+                self.known[reference] = value.untyped_storage().nbytes()
+                self.live += self.known[reference]
+                self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map(self._count, result)
+        return result
 
 
 def measured_build(stage, dtype):
+    """Peak and final bytes of a construction."""
     from megagpt.model.zero3 import build_model
 
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with LiveBytes() as meter:
         model = build_model(DEEP, seed=7, dtype=dtype, ds_config=ds_config(stage, dtype))
+        held = meter.live
     del model
-    return peak_bytes(prof)
+    return meter.peak, held
 
 
 def memory_cells(rank, world_size):
-    measured_build(3, torch.float32)  # what DeepSpeed allocates once is not counted
     return {
-        str(dtype): (measured_build(1, dtype), measured_build(3, dtype))
+        dtype: (measured_build(1, dtype), measured_build(3, dtype))
         for dtype in (torch.float32, torch.bfloat16)
     }
 
@@ -111,8 +119,9 @@ def test_no_rank_holds_more_than_its_shard_and_one_layer(world_size):
     layer = sum(p.numel() for p in model.layers[0].parameters())
     assert layer > model.embedding.word.weight.numel()
     for peaks in run_distributed(memory_cells, world_size):
-        for dtype, width in (("torch.float32", 4), ("torch.bfloat16", 2)):
-            whole, sharded = peaks[dtype]
-            assert whole >= total * width  # the meter sees a whole model where there is one
-            # values are drawn in float32, whatever the weights are
-            assert sharded <= total * width / world_size + layer * 4 + 64 * 1024
+        for dtype, ((whole_peak, whole), (peak, held)) in peaks.items():
+            # The meter sees a whole model where there is one, and the shard where it is sharded.
+            assert whole_peak >= whole == total * dtype.itemsize
+            assert total * dtype.itemsize / world_size <= held < whole / world_size + 64 * 1024
+            # Values are drawn in float32, whatever the type of the weights.
+            assert peak <= held + layer * 4

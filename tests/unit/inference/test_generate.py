@@ -85,7 +85,7 @@ def test_impossible_sampling_is_refused(values):
 def test_cache_changes_nothing_also_past_seq_length(shape, temperature):
     model = build(**shape)
     arguments = dict(
-        max_new_tokens=25, sampling=Sampling(temperature), eod=EOD, seed=5, num_samples=3
+        max_new_tokens=25, sampling=Sampling(temperature), eod=-1, seed=5, num_samples=3
     )
     prompt = [4, 1, 7]
     cached = generate(model, prompt, **arguments)
