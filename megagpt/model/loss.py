@@ -66,7 +66,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         logits, log_sum_exp, index, elsewhere, ignored = ctx.saved_tensors
         num_real = ctx.num_real
-        grad = torch.zeros_like(logits)
+        grad = torch.empty_like(logits)
+        grad[:, num_real:] = 0
         if num_real == 0:
             return grad, None, None, None
         scale = grad_output.float().masked_fill(ignored, 0.0).unsqueeze(-1)

@@ -21,7 +21,7 @@ LLAMA = dataclasses.replace(
     num_kv_heads=1, tie_embeddings=False,
 )  # fmt: skip
 # Deep, and with a vocabulary smaller than a layer, so that "one layer" is one block.
-DEEP = dataclasses.replace(CONFIG, num_layers=12, hidden_size=256, ffn_hidden_size=1024)
+DEEP = dataclasses.replace(CONFIG, num_layers=12, hidden_size=128, ffn_hidden_size=512)
 
 
 def ds_config(stage, dtype, offload=False):
@@ -60,7 +60,6 @@ def value_cells(rank, world_size):
                         assert parameter.dtype == dtype
                         assert torch.equal(parameter, expected[name]), name
                     assert parameter.numel() == 0  # given back
-    return True
 
 
 class LiveBytes(TorchDispatchMode):
@@ -106,19 +105,19 @@ def memory_cells(rank, world_size):
     }
 
 
+def all_cells(rank, world_size):
+    value_cells(rank, world_size)
+    return memory_cells(rank, world_size)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_values_of_the_shards_are_the_plain_models_bit_for_bit(world_size):
-    assert run_distributed(value_cells, world_size) == [True] * world_size
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_no_rank_holds_more_than_its_shard_and_one_layer(world_size):
+def test_shards_hold_the_plain_models_values_and_no_rank_more_than_one_layer_beside(world_size):
     with torch.device("meta"):
         model = GPTModel(DEEP)
     total = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.layers[0].parameters())
     assert layer > model.embedding.word.weight.numel()
-    for peaks in run_distributed(memory_cells, world_size):
+    for peaks in run_distributed(all_cells, world_size):
         for dtype, ((whole_peak, whole), (peak, held)) in peaks.items():
             # The meter sees a whole model where there is one, and the shard where it is sharded.
             assert whole_peak >= whole == total * dtype.itemsize

@@ -1,7 +1,8 @@
 """Rank <-> coordinates, against DeepSpeed's own topology."""
 
 import pytest
-from hypothesis import given
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.parallel.topology import ParallelTopology
@@ -9,10 +10,9 @@ from megagpt.parallel.topology import ParallelTopology
 degree = st.integers(1, 5)
 
 
+@settings(deadline=None)
 @given(pp=degree, dp=degree, tp=degree)
 def test_coordinates_and_groups_agree_with_deepspeeds_topology(pp, dp, tp):
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-
     ours = ParallelTopology(pp * dp * tp, tensor_parallel_size=tp, pipeline_parallel_size=pp)
     theirs = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=dp)
     assert ours.data_parallel_size == dp
