@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
@@ -108,4 +107,4 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, directory: Path) -> None:
         raise ValueError(
             f"{directory} holds no state of the engine; resume from an older step_* folder"
         )
-    torch.distributed.barrier()
+    dist.barrier()

@@ -8,6 +8,7 @@ needs the standard library only. The command is `tools/prebuild_ops.py`.
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import threading
 import time
@@ -62,6 +63,7 @@ def remove_stale_locks(
             # Another rank may have removed it and begun to build meanwhile.
             if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
                 continue
+            _remove_cut_libraries(lock.parent, report)
             lock.unlink()
         except FileNotFoundError:
             continue
@@ -117,7 +119,7 @@ def _load(name: str, title: str, report: Callable[[str], None]) -> None:
 
     def load() -> None:
         try:
-            _load_or_rebuild(name, report)
+            _load_op(name, report)
         except Exception as error:  # handed to the caller's thread
             errors.append(error)
 
@@ -140,23 +142,42 @@ def _load(name: str, title: str, report: Callable[[str], None]) -> None:
     report(f"{title}: ready in {elapsed:.1f} s")
 
 
-def _load_or_rebuild(name: str, report: Callable[[str], None]) -> None:
+def _load_op(name: str, report: Callable[[str], None]) -> None:
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder(name)
     if builder is None:
         raise ValueError(f"DeepSpeed has no {name} for this accelerator")
-    try:
-        builder.load(verbose=False)
-    except ImportError as error:
-        # A library cut off while it was linked is newer than its objects, so ninja would keep it.
-        broken = [path for path in extensions_root().glob(f"**/{builder.name}/{builder.name}.so")]
-        if not broken:
-            raise
-        report(f"{broken[0]} does not load ({str(error).splitlines()[0]}); compiling it anew")
-        for path in broken:
-            path.unlink()
-        builder.load(verbose=False)
+    root = extensions_root()
+    for folder in (root / builder.name, *root.glob(f"*/{builder.name}")):
+        # Under a lock another process is writing them.
+        if not (folder / LOCK_NAME).exists():
+            _remove_cut_libraries(folder, report)
+    builder.load(verbose=False)
+
+
+def _remove_cut_libraries(folder: Path, report: Callable[[str], None]) -> None:
+    """Removes libraries that were cut off while they were linked.
+
+    Such a file is newer than its objects, so ninja keeps it, and loading it ends the process with a
+    bus error.
+    """
+    for library in folder.glob("*.so"):
+        if not _is_whole_library(library):
+            library.unlink(missing_ok=True)
+            report(f"removed {library}, which is cut off; the op compiles anew")
+
+
+def _is_whole_library(library: Path) -> bool:
+    """Whether an ELF file holds its table of sections, which ends it; other formats pass."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if sys.platform != "linux":
+        return True
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":  # 64 bit
+        return False
+    table, entry_bytes, num_entries = struct.unpack_from("<40xQ10xHH", header)
+    return library.stat().st_size >= table + entry_bytes * num_entries
 
 
 def _is_held(lock: Path, status: os.stat_result) -> bool:

@@ -26,13 +26,13 @@ def build_engine(
         ds_config: Resolved: no "auto", no optimizer or scheduler section.
 
     Returns:
-        The engine; `clip_and_get_grad_norm` must be called before each of its optimizer steps.
+        The engine; its optimizer steps are taken by `optimizer_step`.
     """
     zero = ds_config.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     values = dict(ds_config)
     if zero.get("stage", 0) == 0:
-        # Ours under ZeRO-0: see clip_and_get_grad_norm.
+        # Ours under ZeRO-0: see clip_zero0_gradients.
         values["gradient_clipping"] = 0.0
     engine, _, _, _ = deepspeed.initialize(
         model=model,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from deepspeed import DeepSpeedEngine
 
 from megagpt import __version__
 from megagpt.checkpoint.saver import load_checkpoint, save_checkpoint
@@ -170,9 +171,8 @@ class Trainer:
             self._write_resolved()
         if self._finished():
             logger.info(
-                f"nothing to do: step {self.state.step} of {config.training.train_steps} is "
-                f"already "
-                f"trained in {self.run_directory}; raise --training.train_steps to go on"
+                f"nothing to do: step {self.state.step} of {config.training.train_steps} "
+                f"is already trained in {self.run_directory}; raise --training.train_steps to go on"
             )
             return self._read_summary()
         model = build_model(
@@ -190,8 +190,8 @@ class Trainer:
             f"parameters: {num_parameters:,} | tokens / micro-batch / rank: "
             f"{config.batch.micro_batch_size} x {config.model.seq_length} | tokens / step: "
             f"{config.batch.global_batch_size * config.model.seq_length:,} | ranks: "
-            f"{self.world.size} | "
-            f"ZeRO stage: {self.zero_stage} | precision: {config.training.precision}"
+            f"{self.world.size} | ZeRO stage: {self.zero_stage} | "
+            f"precision: {config.training.precision}"
         )
         metrics = MetricLogger(
             self.run_directory / "tensorboard",
@@ -203,25 +203,8 @@ class Trainer:
         validation_loss: float | None = None
         trained_tokens, train_seconds = 0, 0.0
         skipped = nan = 0
-        saved_step = self.state.step
         while True:
-            begin = time.monotonic()
-            lr = learning_rate(
-                self.state.step + 1,
-                config.optimizer,
-                decay_steps=config.decay_steps,
-                wsd_decay_steps=config.wsd_decay_steps,
-            )
-            result = train_step(
-                engine, self._train_batches(), lr=lr, clip_grad=config.optimizer.clip_grad
-            )
-            self.state = dataclasses.replace(
-                self.state,
-                step=self.state.step + 1,
-                consumed_samples=self.state.consumed_samples + config.batch.global_batch_size,
-                consumed_tokens=self.state.consumed_tokens + result.num_tokens,
-            )
-            seconds = time.monotonic() - begin
+            result, lr, seconds = self._advance(engine)
             if on_step is not None:
                 on_step(result)
             trained_tokens += result.num_tokens
@@ -234,20 +217,16 @@ class Trainer:
                 values |= {"skipped-iterations": skipped, "nan-iterations": nan}
                 metrics.training(step, self.state.consumed_samples, values)
             stop = self._stop_reason()
-            interval = config.training.eval_interval
-            if "valid" in self.datasets and (stop or (interval and step % interval == 0)):
+            if "valid" in self.datasets and self._is_due(config.training.eval_interval, stop):
                 validation_loss = evaluate(engine, self._evaluation_batches("valid"))
                 metrics.validation(step, self.state.consumed_samples, validation_loss)
-            save_interval = config.checkpoint.save_interval
-            if stop or (save_interval and step % save_interval == 0):
+            if self._is_due(config.checkpoint.save_interval, stop):
                 logger.info(f"saving checkpoint at iteration {step:7d} to {self.checkpoints}")
                 save_checkpoint(engine, self.checkpoints, self.state)
-                saved_step = step
                 logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
             if stop:
                 logger.info(f"stopping at step {step}: {stop}")
                 break
-        assert saved_step == self.state.step
         metrics.close()
         summary = {
             "megagpt_version": __version__,
@@ -262,6 +241,31 @@ class Trainer:
         if self.world.rank == 0:
             (self.run_directory / "training_summary.json").write_text(json.dumps(summary, indent=1))
         return summary
+
+    def _advance(self, engine: DeepSpeedEngine) -> tuple[StepResult, float, float]:
+        """Takes one optimizer step; returns its figures, its learning rate and its seconds."""
+        config = self.config
+        begin = time.monotonic()
+        lr = learning_rate(
+            self.state.step + 1,
+            config.optimizer,
+            decay_steps=config.decay_steps,
+            wsd_decay_steps=config.wsd_decay_steps,
+        )
+        result = train_step(
+            engine, self._train_batches(), lr=lr, clip_grad=config.optimizer.clip_grad
+        )
+        self.state = dataclasses.replace(
+            self.state,
+            step=self.state.step + 1,
+            consumed_samples=self.state.consumed_samples + config.batch.global_batch_size,
+            consumed_tokens=self.state.consumed_tokens + result.num_tokens,
+        )
+        return result, lr, time.monotonic() - begin
+
+    def _is_due(self, interval: int, stop: str | None) -> bool:
+        """Whether to act after this step: at each interval (0 is never), and at the end."""
+        return stop is not None or (interval > 0 and self.state.step % interval == 0)
 
     def _finished(self) -> bool:
         limit = self.config.training.train_tokens
@@ -305,7 +309,7 @@ class Trainer:
             yield _to_batch(np.stack([dataset[i] if i >= 0 else padding for i in indices]))
 
     def _step_metrics(
-        self, engine, result: StepResult, lr: float, seconds: float
+        self, engine: DeepSpeedEngine, result: StepResult, lr: float, seconds: float
     ) -> dict[str, float]:
         config = self.config
         flops = model_flops_per_token(config.model) * result.num_tokens
