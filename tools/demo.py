@@ -320,11 +320,12 @@ def main(arguments: list[str]) -> int:
             write_json(spent_file, {"seconds": spent})
     write_json(SUMMARY, summary)
     print_summary(summary)
-    if summary["test_bits_per_byte"] >= summary["gzip_bits_per_byte"]:
-        raise ValueError(
-            f"test_bits_per_byte={summary['test_bits_per_byte']:.3f} is not below gzip's "
-            f"{summary['gzip_bits_per_byte']:.3f}; train longer with --training.train_steps"
-        )
+    for mark in ("gzip", "order2"):
+        if summary["test_bits_per_byte"] >= summary[f"{mark}_bits_per_byte"]:
+            raise ValueError(
+                f"test_bits_per_byte={summary['test_bits_per_byte']:.3f} is not below {mark}'s "
+                f"{summary[f'{mark}_bits_per_byte']:.3f}; train longer with --training.train_steps"
+            )
     return 0
 
 

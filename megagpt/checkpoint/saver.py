@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megagpt.checkpoint.state import CheckpointState, step_directory, write_state
@@ -31,6 +36,29 @@ def _agree(error: OSError | None) -> None:
             f"--output_dir; "
             "earlier checkpoints are untouched"
         )
+
+
+@contextmanager
+def _recorded_write_errors(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[OSError]]:
+    """Collects this rank's failed writes, so that it still reaches DeepSpeed's closing barrier.
+
+    `engine.save_checkpoint` ends in a barrier (0.19.8); a rank that raised before it would leave
+    the others waiting there. torch.save reports a full disk as RuntimeError.
+    """
+    errors: list[OSError] = []
+    write = engine.checkpoint_engine.save
+
+    def save(*arguments: Any, **options: Any) -> None:
+        try:
+            write(*arguments, **options)
+        except (OSError, RuntimeError) as caught:
+            errors.append(OSError(str(caught).splitlines()[0]))
+
+    engine.checkpoint_engine.save = save
+    try:
+        yield errors
+    finally:
+        engine.checkpoint_engine.save = write
 
 
 def _flush(path: Path) -> None:
@@ -66,11 +94,9 @@ def save_checkpoint(
         except OSError as caught:
             error = caught
     _agree(error)
-    try:
+    with _recorded_write_errors(engine) as errors:
         engine.save_checkpoint(str(staging), tag=_ENGINE_TAG, save_latest=False)
-    except (OSError, RuntimeError) as caught:  # torch.save reports a full disk as RuntimeError
-        error = OSError(str(caught))
-    _agree(error)
+    _agree(errors[0] if errors else None)
     # Gathered one by one; only rank 0 keeps them, in host memory.
     weights = gather_weights(engine, keep=rank == 0)
     if rank == 0:
@@ -81,11 +107,15 @@ def save_checkpoint(
             write_state(staging, state)
             for path in [*staging.rglob("*"), staging]:
                 _flush(path)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():  # a half-deleted step must not look like a whole one
+                old = checkpoints / f".old_{target.name}"
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
             os.replace(staging, target)
+            shutil.rmtree(checkpoints / f".old_{target.name}", ignore_errors=True)
             _flush(checkpoints)
-        except OSError as caught:
-            error = caught
+        except (OSError, SafetensorError) as caught:
+            error = OSError(str(caught))
     _agree(error)
     return target
 
@@ -100,11 +130,14 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, directory: Path) -> None:
     Raises:
         ValueError: If DeepSpeed finds nothing to load there.
     """
-    loaded, _ = engine.load_checkpoint(
-        str(directory), tag=_ENGINE_TAG, load_lr_scheduler_states=False
-    )
-    if loaded is None:
-        raise ValueError(
-            f"{directory} holds no state of the engine; resume from an older step_* folder"
+    remedy = "resume from an older step_* folder"
+    try:
+        loaded, _ = engine.load_checkpoint(
+            str(directory), tag=_ENGINE_TAG, load_lr_scheduler_states=False
         )
+    except (RuntimeError, EOFError, UnpicklingError, KeyError) as caught:
+        reason = str(caught).splitlines()[0]
+        raise ValueError(f"{directory} is damaged ({reason}); {remedy}") from None
+    if loaded is None:
+        raise ValueError(f"{directory} holds no state of the engine; {remedy}")
     dist.barrier()

@@ -9,6 +9,7 @@ import datetime
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("megagpt")
 
@@ -16,21 +17,30 @@ logger = logging.getLogger("megagpt")
 class MetricLogger:
     """Writes each step once; on every rank but 0 it does nothing."""
 
-    def __init__(self, directory: Path, *, rank: int, train_steps: int, purge_step: int) -> None:
+    def __init__(
+        self, directory: Path, *, rank: int, train_steps: int, step: int, consumed_samples: int
+    ) -> None:
         """Opens the TensorBoard folder on rank 0.
 
         Args:
             directory: TensorBoard log folder.
             rank: Global rank.
             train_steps: Steps of the whole run, for the line.
-            purge_step: First step to be written; later points of an earlier run are hidden.
+            step: Steps completed before; later points of an earlier run are hidden.
+            consumed_samples: Samples completed before, likewise.
         """
         self.train_steps = train_steps
-        self.writer = None
+        self.writer: Any = None
+        self.samples_writer: Any = None
         if rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(directory), purge_step=purge_step)
+            # A purge hides every tag of its folder beyond a step, so curves over samples, whose
+            # steps are samples, stand in a folder of their own.
+            self.writer = SummaryWriter(str(directory), purge_step=step + 1)
+            self.samples_writer = SummaryWriter(
+                str(directory / "samples"), purge_step=consumed_samples + 1
+            )
 
     def text(self, tag: str, text: str) -> None:
         """Writes a text, shown in a fixed-width font."""
@@ -92,8 +102,8 @@ class MetricLogger:
         """Flushes and closes the file."""
         if self.writer is not None:
             self.writer.close()
+            self.samples_writer.close()
 
     def _scalar(self, tag: str, value: float, step: int, consumed_samples: int) -> None:
-        assert self.writer is not None
         self.writer.add_scalar(tag, value, step)
-        self.writer.add_scalar(f"{tag} vs samples", value, consumed_samples)
+        self.samples_writer.add_scalar(f"{tag} vs samples", value, consumed_samples)

@@ -80,9 +80,18 @@ def _check_everything(arguments: list[str]) -> tuple[Trainer, Literal["cpu", "cu
 
 
 def _demo_by_default(arguments: list[str]) -> list[str]:
-    """With no run configuration and no data named, the run is the demo's."""
-    named = any(a.startswith(("--config", "--preset", "--data.")) for a in arguments)
-    return arguments if named else ["--config", str(DEMO_CONFIG), *arguments]
+    """With no run configuration and no data named, the run is the demo's, in a folder of its own.
+
+    The folder is named for DeepSpeed JSON and ranks, because a checkpoint belongs to its layout.
+    """
+    if any(a.startswith(("--config", "--preset", "--data.")) for a in arguments):
+        return arguments
+    defaults = ["--config", str(DEMO_CONFIG)]
+    if not any(a.startswith("--output_dir") for a in arguments):
+        jsons = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--ds_config"]
+        name = Path(jsons[-1]).stem if jsons else "default"
+        defaults += ["--output_dir", f"runs/{name}_ranks{os.environ.get('WORLD_SIZE', '1')}"]
+    return [*defaults, *arguments]
 
 
 def _initialise_process_group(device: str) -> None:

@@ -33,7 +33,7 @@ from megagpt.config.command_line import config_to_dict
 from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
 from megagpt.config.schema import Config
 from megagpt.data.gpt_dataset import GPTDataset, build_datasets, data_fingerprint, tokens_to_batch
-from megagpt.data.manifest import read_manifest
+from megagpt.data.manifest import read_manifest, write_json
 from megagpt.data.sampler import BatchSampler
 from megagpt.model.gpt import count_parameters
 from megagpt.model.zero3 import build_model
@@ -167,14 +167,14 @@ class Trainer:
         """
         config = self.config
         logger.info(self.table)
-        if self.world.rank == 0:
-            self._write_resolved()
         if self._finished():
             logger.info(
                 f"nothing to do: step {self.state.step} of {config.training.train_steps} "
-                f"is already trained in {self.run_directory}; raise --training.train_steps to go on"
+                f"is already trained in {self.run_directory}; raise its limit to go on"
             )
             return self._read_summary()
+        if self.world.rank == 0:
+            self._write_resolved()
         model = build_model(
             config.model,
             seed=config.training.seed,
@@ -197,7 +197,8 @@ class Trainer:
             self.run_directory / "tensorboard",
             rank=self.world.rank,
             train_steps=config.training.train_steps,
-            purge_step=self.state.step + 1,
+            step=self.state.step,
+            consumed_samples=self.state.consumed_samples,
         )
         metrics.text("resolved configuration", self.table)
         validation_loss: float | None = None
@@ -220,6 +221,20 @@ class Trainer:
             if "valid" in self.datasets and self._is_due(config.training.eval_interval, stop):
                 validation_loss = evaluate(engine, self._evaluation_batches("valid"))
                 metrics.validation(step, self.state.consumed_samples, validation_loss)
+            if stop:
+                summary = {
+                    "megagpt_version": __version__,
+                    "num_parameters": num_parameters,
+                    "step": step,
+                    "tokens": self.state.consumed_tokens,
+                    "tokens_per_second": trained_tokens / train_seconds,
+                    "train_loss": result.loss,
+                    "validation_loss": validation_loss,
+                    "seconds": time.monotonic() - self.start_time,
+                }
+                # Before the last checkpoint, which marks the run as done.
+                if self.world.rank == 0:
+                    write_json(self.run_directory / "training_summary.json", summary)
             if self._is_due(config.checkpoint.save_interval, stop):
                 logger.info(f"saving checkpoint at iteration {step:7d} to {self.checkpoints}")
                 save_checkpoint(engine, self.checkpoints, self.state)
@@ -228,18 +243,6 @@ class Trainer:
                 logger.info(f"stopping at step {step}: {stop}")
                 break
         metrics.close()
-        summary = {
-            "megagpt_version": __version__,
-            "num_parameters": num_parameters,
-            "step": self.state.step,
-            "tokens": self.state.consumed_tokens,
-            "tokens_per_second": trained_tokens / train_seconds,
-            "train_loss": result.loss,
-            "validation_loss": validation_loss,
-            "seconds": time.monotonic() - self.start_time,
-        }
-        if self.world.rank == 0:
-            (self.run_directory / "training_summary.json").write_text(json.dumps(summary, indent=1))
         return summary
 
     def _advance(self, engine: DeepSpeedEngine) -> tuple[StepResult, float, float]:
@@ -268,9 +271,12 @@ class Trainer:
         return stop is not None or (interval > 0 and self.state.step % interval == 0)
 
     def _finished(self) -> bool:
-        limit = self.config.training.train_tokens
-        return self.state.step >= self.config.training.train_steps or (
-            limit is not None and self.state.consumed_tokens >= limit
+        training = self.config.training
+        return self.state.step >= min(
+            training.train_steps, training.exit_step or training.train_steps
+        ) or (
+            training.train_tokens is not None
+            and self.state.consumed_tokens >= training.train_tokens
         )
 
     def _stop_reason(self) -> str | None:

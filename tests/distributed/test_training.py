@@ -117,6 +117,7 @@ def test_bf16_losses_of_every_stage_and_offload_agree(curves, zero):
     # A bf16 weight is rounded by 2^-9 = 2e-3; docs/deepspeed.md has the figure found, 1e-5.
     a, b = curves[f"bf16/{zero}"], curves["bf16/zero1"]
     assert largest_difference(a, b, 0) < 1e-4
+    assert largest_difference(a, b, 1) < 1e-3
 
 
 def test_the_model_learns_and_clipping_is_active(curves):

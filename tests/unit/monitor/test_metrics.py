@@ -31,16 +31,16 @@ def read(directory):
 
 
 def test_scalars_stand_under_megatrons_tags_by_step_and_by_samples(tmp_path, caplog):
-    metrics = MetricLogger(tmp_path, rank=0, train_steps=100, purge_step=1)
+    metrics = MetricLogger(tmp_path, rank=0, train_steps=100, step=0, consumed_samples=0)
     with caplog.at_level(logging.INFO, logger="megagpt"):
         metrics.training(3, 48, VALUES)
         metrics.validation(3, 48, 2.0)
     metrics.text("resolved configuration", "a b")
     metrics.close()
-    events = read(tmp_path)
+    events, samples = read(tmp_path), read(tmp_path / "samples")
     for tag, value in VALUES.items():
         assert [(e.step, round(e.value, 5)) for e in events.Scalars(tag)] == [(3, round(value, 5))]
-        assert [e.step for e in events.Scalars(f"{tag} vs samples")] == [48]
+        assert [e.step for e in samples.Scalars(f"{tag} vs samples")] == [48]
     assert events.Scalars("lm loss validation")[0].value == 2.0
     assert math.isclose(
         events.Scalars("lm loss validation ppl")[0].value, math.exp(2.0), rel_tol=1e-6
@@ -52,22 +52,24 @@ def test_scalars_stand_under_megatrons_tags_by_step_and_by_samples(tmp_path, cap
 
 
 def test_a_resumed_run_hides_points_after_the_resumed_step(tmp_path):
-    first = MetricLogger(tmp_path, rank=0, train_steps=10, purge_step=1)
+    first = MetricLogger(tmp_path, rank=0, train_steps=10, step=0, consumed_samples=0)
     for step in (1, 2, 3):
-        first.training(step, step, VALUES)
+        first.training(step, 16 * step, VALUES)
     first.close()
-    second = MetricLogger(tmp_path, rank=0, train_steps=10, purge_step=3)
-    second.training(3, 3, VALUES | {"lm loss": 9.0})
+    second = MetricLogger(tmp_path, rank=0, train_steps=10, step=2, consumed_samples=32)
+    second.training(3, 48, VALUES | {"lm loss": 9.0})
     second.close()
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("lm loss")] == [
         (1, 2.5),
         (2, 2.5),
         (3, 9.0),
     ]
+    by_samples = read(tmp_path / "samples").Scalars("lm loss vs samples")
+    assert [(e.step, e.value) for e in by_samples] == [(16, 2.5), (32, 2.5), (48, 9.0)]
 
 
 def test_other_ranks_write_nothing(tmp_path, caplog):
-    metrics = MetricLogger(tmp_path / "tb", rank=1, train_steps=1, purge_step=1)
+    metrics = MetricLogger(tmp_path / "tb", rank=1, train_steps=1, step=0, consumed_samples=0)
     with caplog.at_level(logging.INFO, logger="megagpt"):
         metrics.training(1, 1, VALUES)
         metrics.validation(1, 1, 2.0)
