@@ -201,6 +201,35 @@ def test_runs_stop_by_tokens_and_time_and_refuse_another_shape_or_a_used_folder(
     assert not (tmp_path / "other").exists()
 
 
+def full_disk_cell(rank, world_size, data, root):
+    import torch
+
+    write = torch.save
+
+    def fail_on_the_second_rank(*arguments, **options):
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        write(*arguments, **options)
+
+    folder = Path(root) / "run"
+    train(rank, world_size, data, folder, "zero2", "fp32", 12, exit_step=2)
+    torch.save = fail_on_the_second_rank
+    try:
+        train(rank, world_size, data, folder, "zero2", "fp32", 12, 4, load="auto")
+    except OSError as error:
+        return str(error)
+    finally:
+        torch.save = write
+
+
+def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_harms_nothing(data, tmp_path):
+    messages = run_distributed(full_disk_cell, 2, str(data), str(tmp_path))
+    assert messages[0] == messages[1]
+    assert "rank 1" in messages[0] and "No space left" in messages[0]
+    steps = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert steps == ["step_00000002"]
+
+
 def run_script(command, cwd, **environment):
     return subprocess.run(
         command,
