@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from megagpt.checkpoint.state import CheckpointState, step_directory, write_state
 from megagpt.checkpoint.weights import WEIGHTS_FILE, gather_weights
+from megagpt.parallel.groups import ProcessGroups
 
 _ENGINE_TAG = "engine"
 
@@ -70,7 +71,10 @@ def _flush(path: Path) -> None:
 
 
 def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, checkpoints: Path, state: CheckpointState
+    engine: deepspeed.DeepSpeedEngine,
+    checkpoints: Path,
+    state: CheckpointState,
+    groups: ProcessGroups,
 ) -> Path:
     """Writes a step folder; a collective.
 
@@ -97,8 +101,9 @@ def save_checkpoint(
     with _recorded_write_errors(engine) as errors:
         engine.save_checkpoint(str(staging), tag=_ENGINE_TAG, save_latest=False)
     _agree(errors[0] if errors else None)
-    # Gathered one by one; only rank 0 keeps them, in host memory.
-    weights = gather_weights(engine, keep=rank == 0)
+    vocab_size = state.config.model.vocab_size
+    assert vocab_size is not None
+    weights = gather_weights(engine, groups, vocab_size=vocab_size)
     if rank == 0:
         try:
             save_file(weights, str(staging / WEIGHTS_FILE))

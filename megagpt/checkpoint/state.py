@@ -130,6 +130,11 @@ def refuse_other_run(
             state.config.parallel.tensor_parallel_size,
             config.parallel.tensor_parallel_size,
         ),
+        (
+            "parallel.pipeline_parallel_size",
+            state.config.parallel.pipeline_parallel_size,
+            config.parallel.pipeline_parallel_size,
+        ),
         ("number of ranks", state.world_size, world_size),
         ("ZeRO stage", state.zero_stage, zero_stage),
         ("offload_optimizer", state.offload, offload),

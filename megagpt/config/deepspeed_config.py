@@ -11,26 +11,24 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megagpt.config.deepspeed_keys import (
     ACCEPTED_KEYS,
     AUTO,
     REFUSED_KEYS,
-    STAGE3_KEYS,
     Kind,
     describe_kind,
     matches_kind,
 )
+from megagpt.config.refusals import Device, Facts, find_problems
 from megagpt.config.schema import Config
 
 DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """Used when no JSON is named: the least ZeRO that trains in every precision."""
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class ResolvedDeepSpeedConfig:
     """The JSON without `"auto"`, optimizer and scheduler."""
     sources: dict[str, str]
     """By dotted key: `ds_config` (stated), `config` (copied), `derived` (computed) or `default`."""
+    warnings: tuple[str, ...] = ()
+    """What works, but badly."""
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def resolve_ds_config(
     config: Config,
     ds_config: dict[str, Any],
     *,
-    data_parallel_size: int,
+    world_size: int,
     ds_config_path: str,
     device: Device,
 ) -> ResolvedDeepSpeedConfig:
@@ -92,7 +92,7 @@ def resolve_ds_config(
     Args:
         config: The typed configuration; owns batch, precision, clipping, optimizer and schedule.
         ds_config: The JSON as it was written; owns ZeRO, offload and communication. Not modified.
-        data_parallel_size: Ranks that see different samples.
+        world_size: Ranks, over all parallel axes.
         ds_config_path: Name of the JSON in error messages.
         device: What the run trains on.
 
@@ -105,7 +105,10 @@ def resolve_ds_config(
     """
     resolver = _Resolver(ds_config)
     resolver.check_keys(resolver.values, ACCEPTED_KEYS, prefix="")
-    _fill_batch(resolver, config, data_parallel_size)
+    parallel = config.parallel
+    split = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if world_size % split == 0:  # else it is refused below
+        _fill_batch(resolver, config, world_size // split)
     _fill_precision(resolver, config)
     _fill_optimizer(resolver, config)
     _fill_zero(resolver, config)
@@ -114,17 +117,15 @@ def resolve_ds_config(
             resolver.problems.append(
                 f'{path}="auto" cannot be filled in; give a value or remove the key'
             )
-    for refuse in REFUSALS:
-        reason = refuse(config, resolver.values, device)
-        if reason:
-            resolver.problems.append(reason)
+    refusals, warnings = find_problems(Facts(config, resolver.values, world_size, device))
+    resolver.problems += refusals
     if resolver.problems:
         raise ValueError(f"{ds_config_path}: " + "; ".join(resolver.problems))
     for section in ("optimizer", "scheduler"):
         # The trainer hands its own objects in; DeepSpeed would silently ignore these.
         resolver.values.pop(section, None)
     stated = {path: resolver.sources.get(path, "ds_config") for path, _ in _leaves(resolver.values)}
-    return ResolvedDeepSpeedConfig(values=resolver.values, sources=stated)
+    return ResolvedDeepSpeedConfig(values=resolver.values, sources=stated, warnings=tuple(warnings))
 
 
 def format_resolved_table(
@@ -323,7 +324,7 @@ def _fill_optimizer(resolver: _Resolver, config: Config) -> None:
 
 
 def _fill_zero(resolver: _Resolver, config: Config) -> None:
-    """Sizes bucket and threshold "auto"s by Hugging Face's formulae; they must be whole numbers."""
+    """Sizes "auto" buckets and thresholds by Hugging Face's formulae, and places swap files."""
     rejected = resolver.rejected & {"zero_optimization", "zero_optimization.stage"}
     if resolver.get("zero_optimization.stage") is None and not rejected:
         # DeepSpeed's default, made visible.
@@ -337,89 +338,12 @@ def _fill_zero(resolver: _Resolver, config: Config) -> None:
         path = f"zero_optimization.{name}"
         if resolver.get(path) == AUTO:
             resolver.fill(path, size, owner="", source="derived")
-
-
-def _stage(values: dict[str, Any]) -> int | None:
-    """The ZeRO stage, None where what is stated is no stage (a fault that is reported already)."""
-    stage = values.get("zero_optimization", {}).get("stage")
-    return None if stage == AUTO else stage
-
-
-def _offload_device(values: dict[str, Any], what: str) -> str:
-    return values.get("zero_optimization", {}).get(what, {}).get("device", "none")
-
-
-def _refuse_low_precision_without_zero(
-    config: Config, values: dict[str, Any], device: Device
-) -> str | None:
-    precision = config.training.precision
-    if precision == "fp32" or _stage(values) != 0:
-        return None
-    return (
-        f"--training.precision={precision} with zero_optimization.stage=0 is not supported, "
-        f"DeepSpeed cannot accumulate {precision} gradients in fp32 there; "
-        "set stage 1, or precision fp32"
-    )
-
-
-def _refuse_fp16_on_cpu(config: Config, values: dict[str, Any], device: Device) -> str | None:
-    if config.training.precision != "fp16" or device != "cpu":
-        return None
-    return (
-        "--training.precision=fp16 cannot be trained on cpu; set --training.precision bf16 or fp32"
-    )
-
-
-def _refuse_parameter_offload(config: Config, values: dict[str, Any], device: Device) -> str | None:
-    target = _offload_device(values, "offload_param")
-    if target == "none" or _stage(values) in (3, None):
-        return None
-    return (
-        f"zero_optimization.offload_param.device={target} needs stage 3 and stage is "
-        f"{_stage(values)}; set stage 3, or remove offload_param"
-    )
-
-
-def _refuse_optimizer_offload(config: Config, values: dict[str, Any], device: Device) -> str | None:
-    target = _offload_device(values, "offload_optimizer")
-    if target == "none" or _stage(values) != 0:
-        return None
-    return (
-        f"zero_optimization.offload_optimizer.device={target} needs stage 1, 2 or 3 and stage is "
-        "0; set stage 1, or remove offload_optimizer"
-    )
-
-
-def _refuse_nvme(config: Config, values: dict[str, Any], device: Device) -> str | None:
-    sections = [
-        f"zero_optimization.{what}.device=nvme"
-        for what in ("offload_optimizer", "offload_param")
-        if _offload_device(values, what) == "nvme"
-    ]
-    if not sections:
-        return None
-    return f"{', '.join(sections)}: nvme offload is not supported in this version; use cpu"
-
-
-def _refuse_stage3_keys(config: Config, values: dict[str, Any], device: Device) -> str | None:
-    keys = [k for k in values.get("zero_optimization", {}) if k.startswith(STAGE3_KEYS)]
-    if not keys or _stage(values) in (3, None):
-        return None
-    return (
-        f"zero_optimization.{{{', '.join(keys)}}} have no effect under stage {_stage(values)}; "
-        "remove them, or set stage 3"
-    )
-
-
-REFUSALS: tuple[Callable[[Config, dict[str, Any], Device], str | None], ...] = (
-    _refuse_low_precision_without_zero,
-    _refuse_fp16_on_cpu,
-    _refuse_parameter_offload,
-    _refuse_optimizer_offload,
-    _refuse_nvme,
-    _refuse_stage3_keys,
-)
-"""Combinations that cannot run; each returns its reason and remedy, or None."""
+    for section in ("offload_optimizer", "offload_param"):
+        path = f"zero_optimization.{section}.nvme_path"
+        on_nvme = resolver.get(f"zero_optimization.{section}.device") == "nvme"
+        if on_nvme and resolver.get(path) in (None, AUTO):
+            # In the run folder, so that no two runs share it.
+            resolver.fill(path, str(Path(config.output_dir) / "nvme"), owner="", source="derived")
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

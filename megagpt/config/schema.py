@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Recompute = Literal["none", "full", "selective"]
 
 
 def require_positive(**values: int | float | None) -> None:
@@ -58,8 +59,13 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights; over sqrt(2 * num_layers) for residual outputs."""
 
+    dropout: float = 0.0
+    """Probability of dropping an element after the embedding and each residual branch."""
+
     def __post_init__(self) -> None:
         """Checks the shape; a bad one is a ValueError."""
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1); choose for example 0.1")
         require_positive(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -122,10 +128,29 @@ class ParallelConfig:
 
     tensor_parallel_size: int = 1
     """Ranks that split each layer."""
+    pipeline_parallel_size: int = 1
+    """Stages that split the layers among ranks; needs ZeRO 0 or 1."""
+    sequence_parallel: bool = False
+    """Split norms and the residual stream over the sequence, on the tensor-parallel ranks."""
+    pipeline_partition: Literal["parameters", "flops"] = "parameters"
+    """What the stages share evenly."""
 
     def __post_init__(self) -> None:
-        """Checks the degrees."""
-        require_positive(tensor_parallel_size=self.tensor_parallel_size)
+        """Checks the degrees, and that no setting is without effect."""
+        require_positive(
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+        )
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise ValueError(
+                "sequence_parallel=true has no effect at tensor_parallel_size=1; "
+                "raise tensor_parallel_size or leave it out"
+            )
+        if self.pipeline_partition != "parameters" and self.pipeline_parallel_size == 1:
+            raise ValueError(
+                f"pipeline_partition={self.pipeline_partition} has no effect at "
+                "pipeline_parallel_size=1; raise pipeline_parallel_size or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -223,6 +248,8 @@ class TrainingConfig:
     """Save and stop after this step, before train_steps; the schedule is that of the whole run."""
     precision: Precision = "bf16"
     """Type of weights and activations; master weights, gradients and moments are fp32."""
+    activation_checkpointing: Recompute = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or attention only."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     eval_interval: int = 100
@@ -257,6 +284,10 @@ class DataConfig:
     """Prefix of the validation pair, with train_path."""
     test_path: str | None = None
     """Prefix of the test pair, with train_path."""
+    document_masking: bool = False
+    """Keep attention and positions within documents; ends are the manifest's eod tokens."""
+    eod_mask_loss: bool = False
+    """Leave out the loss of what follows an end of document, which nothing before it tells."""
     tokenizer_path: str | None = None
     """SentencePiece model; default: the one named in the data's manifest."""
 
@@ -320,15 +351,7 @@ class Config:
     """Run folder: checkpoints, TensorBoard, and the resolved configuration."""
 
     def __post_init__(self) -> None:
-        """Checks what crosses sections."""
-        tp = self.parallel.tensor_parallel_size
-        for name in ("num_attention_heads", "kv_heads", "ffn_size"):
-            value = getattr(self.model, name)
-            if value % tp:
-                raise ValueError(
-                    f"{name}={value} is not divisible by tensor_parallel_size={tp}; "
-                    "choose a tensor_parallel_size that divides it"
-                )
+        """Checks what crosses sections; layouts are checked by `refusals.py`."""
         decay_steps = self.decay_steps
         if self.optimizer.warmup_steps >= decay_steps:
             raise ValueError(

@@ -256,17 +256,39 @@ def data_fingerprint(data: DataConfig) -> dict[str, Any]:
     return fingerprint
 
 
-def tokens_to_batch(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def tokens_to_batch(
+    samples: np.ndarray, *, masked_after: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Samples to the model's inputs and labels.
 
     Args:
         samples: [b, s + 1], int64, with PAD where there is no token.
+        masked_after: End-of-document token whose successor is not scored; None scores all.
 
     Returns:
         tokens [b, s] with 0 for PAD, and labels [b, s] with IGNORE_INDEX for PAD; int64.
     """
     tokens, labels = samples[:, :-1], samples[:, 1:]
-    return np.where(tokens == PAD, 0, tokens), np.where(labels == PAD, IGNORE_INDEX, labels)
+    unscored = labels == PAD
+    if masked_after is not None:
+        unscored |= tokens == masked_after
+    return np.where(tokens == PAD, 0, tokens), np.where(unscored, IGNORE_INDEX, labels)
+
+
+def document_positions(tokens: np.ndarray, eod: int) -> np.ndarray:
+    """Position of each token in its document.
+
+    Args:
+        tokens: [b, s].
+        eod: Token that ends a document, and belongs to it.
+
+    Returns:
+        [b, s], int64: 0 at the first token and after each eod.
+    """
+    places = np.arange(tokens.shape[1])
+    starts = np.zeros(tokens.shape, dtype=np.int64)
+    starts[:, 1:] = np.where(tokens[:, :-1] == eod, places[1:], 0)
+    return places - np.maximum.accumulate(starts, axis=1)
 
 
 def _require_one_tokenizer(data: DataConfig, prefixes: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from megagpt.data.gpt_dataset import split_prefixes
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from megagpt.model.gpt import GPTModel
+from megagpt.model.initialization import VOCABULARY_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ def build_model(
         ValueError: If names or shapes are not those of the configuration.
     """
     model = GPTModel(config.model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.canonical_parameters())
+    assert config.model.vocab_size is not None
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name in shapes.keys() & set(VOCABULARY_WEIGHTS):
+        # Weights are saved without the padding of the vocabulary.
+        shapes[name] = (config.model.vocab_size, config.model.hidden_size)
     given = {name: tuple(weight.shape) for name, weight in weights.items()}
     differing = sorted(
         name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)
@@ -69,7 +74,8 @@ def build_model(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.zero_()
+            parameter[: len(weights[name])].copy_(weights[name])
     return model.requires_grad_(False).eval().to(device)
 
 

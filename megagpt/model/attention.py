@@ -1,15 +1,26 @@
-"""Causal self-attention with grouped queries and rotary positions, heads split over tp."""
+"""Causal self-attention with grouped queries and rotary positions, heads split over tp.
+
+Attention and positions stay within documents where position ids restart at 0.
+"""
 
 # b micro-batch, s sequence, h hidden, n query heads, k key/value heads, d head dim; "/tp" local
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.layers import ColumnParallelLinear, RowParallelLinear
+from megagpt.model.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    SharedColumnLinear,
+    enter_parallel_region,
+)
 from megagpt.model.norm import build_norm
 from megagpt.parallel.groups import Group, group_size
 
@@ -67,43 +78,80 @@ def apply_rotary(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> 
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+@dataclass(frozen=True)
+class SequenceContext:
+    """What all blocks of one forward pass share."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    """From `rotary_tables`, for the whole sequence; None without rotary positions."""
+    mask: torch.Tensor | None = None
+    """[b, 1, s, s], bool, from `document_mask`; None: causal over the whole sequence."""
+    dropout_keys: torch.Tensor | None = None
+    """[b], from `dropout_keys`; None drops nothing."""
+    cache: KVCache | None = None
+    """Keys and values of earlier tokens, in inference."""
+
+
+def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """Which tokens see which: earlier ones of their own document, and themselves.
+
+    Args:
+        position_ids: [b, s], int64; a document begins where they are 0, and at the first token.
+
+    Returns:
+        [b, 1, s, s], bool: query, key.
+    """
+    document = (position_ids == 0).cumsum(dim=-1)  # [b, s]
+    same = document.unsqueeze(-1) == document.unsqueeze(-2)  # [b, s, s]
+    return same.tril_().unsqueeze(1)
+
+
 class Attention(nn.Module):
     """Self-attention of one block.
 
     Args:
         config: Model shape.
         layer: Index of the block, for the KV cache.
-        tp_group: Group over which heads are split; None for one rank.
+        tp_group: Group over which heads are split; None for one rank. Key/value heads fewer than
+            its ranks are shared by them.
+        sequence_parallel: Whether input and output are split over s.
+        recompute: Whether backward computes scores and softmax again instead of keeping them.
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int, tp_group: Group) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layer: int,
+        tp_group: Group,
+        sequence_parallel: bool = False,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.head_size = config.head_size
-        tp = group_size(tp_group)
-        if config.kv_heads % tp:
-            raise ValueError(
-                f"num_kv_heads={config.kv_heads} is not divisible by tensor_parallel_size={tp}; "
-                "choose a tensor_parallel_size that divides it"
-            )
-        h, kv_width = config.hidden_size, config.kv_heads * config.head_size
+        self.tp_group = tp_group
+        self.sequence_parallel = sequence_parallel
+        self.recompute = recompute
+        h, tp = config.hidden_size, group_size(tp_group)
         self.query = ColumnParallelLinear(h, h, bias=config.bias, tp_group=tp_group)
-        self.key = ColumnParallelLinear(h, kv_width, bias=config.bias, tp_group=tp_group)
-        self.value = ColumnParallelLinear(h, kv_width, bias=config.bias, tp_group=tp_group)
-        self.output = RowParallelLinear(h, h, bias=config.bias, tp_group=tp_group)
+        self.key = _key_or_value(config, tp_group)
+        self.value = _key_or_value(config, tp_group)
+        self.output = RowParallelLinear(
+            h, h, bias=config.bias, tp_group=tp_group, sequence_parallel=sequence_parallel
+        )
         self.query_norm = self.key_norm = None
         if config.qk_norm:
             self.query_norm = build_norm(config, config.head_size, split_group=tp_group)
             self.key_norm = build_norm(config, config.head_size, split_group=tp_group)
-        self.grouped = config.kv_heads != config.num_attention_heads
+        self.grouped = config.num_attention_heads // tp != max(config.kv_heads // tp, 1)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """[b, s, h] -> [b, s, h]; with a cache, s counts the new tokens only."""
+    def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """[b, s, h] -> [b, s, h], s/tp under sequence parallelism.
+
+        With a cache, s counts the new tokens only.
+        """
+        x = enter_parallel_region(x, self.tp_group, sequence_parallel=self.sequence_parallel)
         b, s, _ = x.shape
 
         def heads(projected: torch.Tensor) -> torch.Tensor:
@@ -114,15 +162,46 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [b, n/tp, s, d]
         value = heads(self.value(x)).transpose(1, 2)
-        if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        mask = None
-        if cache is not None:
-            key, value = cache.extend(self.layer, key, value)
+        if context.rotary is not None:
+            query, key = apply_rotary(query, context.rotary), apply_rotary(key, context.rotary)
+        mask = context.mask
+        if context.cache is not None:
+            key, value = context.cache.extend(self.layer, key, value)
             total = key.shape[2]
             # New token i sees everything up to itself, at position total - s + i.
             mask = torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
-        attended = F.scaled_dot_product_attention(
+        if self.recompute and torch.is_grad_enabled():
+            attended = checkpoint(
+                self._attend, query, key, value, mask, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            attended = self._attend(query, key, value, mask)
+        return self.output(attended.transpose(1, 2).reshape(b, s, -1))
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[b, n/tp, s, d] of queries -> the same."""
+        return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
-        return self.output(attended.transpose(1, 2).reshape(b, s, -1))
+
+
+def _key_or_value(config: ModelConfig, tp_group: Group) -> nn.Module:
+    """The key or value projection: split over tp, or shared where heads are fewer than ranks."""
+    h, kv_heads, tp = config.hidden_size, config.kv_heads, group_size(tp_group)
+    if kv_heads % tp == 0:
+        width = kv_heads * config.head_size
+        return ColumnParallelLinear(h, width, bias=config.bias, tp_group=tp_group)
+    if tp % kv_heads:
+        raise ValueError(
+            f"num_kv_heads={kv_heads} and tensor_parallel_size={tp}: neither divides the other; "
+            "choose a tensor_parallel_size that divides it, or a multiple of it"
+        )
+    return SharedColumnLinear(
+        h, config.head_size, num_blocks=kv_heads, bias=config.bias, tp_group=tp_group
+    )

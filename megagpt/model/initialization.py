@@ -1,6 +1,8 @@
 """Initial weights by global name: the same for every number of ranks and every ZeRO stage.
 
-A value depends on (seed, canonical name, global shape) only; each rank takes its slice.
+A value depends on (seed, canonical name, global shape) only; each rank takes its slice. The rows
+that pad the vocabulary are 0 and not part of the global shape, so that tensor parallelism, which
+pads more, changes nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +11,15 @@ import hashlib
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megagpt.config.schema import ModelConfig
+from megagpt.model.gpt import GPTModel
 from megagpt.parallel.groups import Group, group_rank, group_size
+
+VOCABULARY_WEIGHTS = ("embedding.word.weight", "lm_head.weight")
+"""Parameters with a row for each token of the padded vocabulary."""
 
 _RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
 
@@ -27,10 +34,14 @@ def initial_value(
 
     Args:
         name: Canonical name.
-        global_shape: Shape over all tensor-parallel ranks.
-        config: Model shape, for the standard deviations.
+        global_shape: Shape over all tensor-parallel ranks, with the padding of the vocabulary.
+        config: Model shape, for vocabulary and standard deviations.
         seed: Of the run.
     """
+    if name in VOCABULARY_WEIGHTS:
+        padded, width = global_shape
+        rows = _normal(name, (config.vocab_size or padded, width), config.init_std, seed=seed)
+        return F.pad(rows, (0, 0, 0, padded - len(rows)))
     if name.endswith(".bias"):
         return torch.zeros(global_shape)
     if len(global_shape) == 1:
@@ -38,9 +49,13 @@ def initial_value(
     std = config.init_std
     if name.endswith(_RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * config.num_layers)
+    return _normal(name, tuple(global_shape), std, seed=seed)
+
+
+def _normal(name: str, shape: tuple[int, ...], std: float, *, seed: int) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(global_shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def local_shard(value: torch.Tensor, tp_dim: int | None, tp_group: Group) -> torch.Tensor:
@@ -69,9 +84,9 @@ def local_initial_value(
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, *, seed: int, tp_group: Group = None) -> None:
-    """Fills every parameter of a model that is whole on this rank (ZeRO 0 to 2)."""
-    for name, parameter in model.named_parameters():
+def initialize(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: Group = None) -> None:
+    """Fills every parameter of a model or stage that is whole on this rank (ZeRO 0 to 2)."""
+    for name, parameter in model.canonical_parameters():
         parameter.copy_(
             local_initial_value(
                 name, parameter, parameter.shape, config, seed=seed, tp_group=tp_group

@@ -1,11 +1,14 @@
 """Linear layers and embedding split over a tensor-parallel group that is handed in.
 
-Parameters are created empty; `initialization.py` gives them their values by global name.
-`tp_dim` on a parameter is the dim that is split (absent: replicated).
-Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3.
+A parallel region is entered once (`enter_parallel_region`), serves as many column-parallel layers
+as share its input, and is left by a row-parallel one. Parameters are created empty;
+`initialization.py` gives them their values by global name.
+Sources: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3; for sequence
+parallelism Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.
 """
 
-# b micro-batch, s sequence, v padded vocabulary; "/tp" marks a local shard
+# b micro-batch, s sequence, v padded vocabulary; "/tp" marks a local shard, s/tp only under
+# sequence parallelism
 
 from __future__ import annotations
 
@@ -13,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megagpt.parallel.collectives import copy_to_group, gather_from_group, reduce_from_group
+from megagpt.parallel.collectives import (
+    copy_to_group,
+    gather_sequence,
+    reduce_from_group,
+    reduce_scatter_sequence,
+)
 from megagpt.parallel.groups import Group, group_rank, group_size
 
 
@@ -28,11 +36,43 @@ def _shard(size: int, name: str, group: Group) -> int:
 
 
 def empty_parameter(*shape: int, tp_dim: int | None = None) -> nn.Parameter:
-    """An uninitialised parameter of a local shape, marked with the dim that tp splits."""
+    """An uninitialised parameter of a local shape.
+
+    Args:
+        *shape: On this rank.
+        tp_dim: The dim that tp splits; without it every rank holds the same whole parameter, and
+            whoever uses a part of it sums the parts of its gradient inside autograd.
+    """
     parameter = nn.Parameter(torch.empty(*shape))
     if tp_dim is not None:
         parameter.tp_dim = tp_dim  # type: ignore[attr-defined]
+        # DeepSpeed's name: its gradient norm counts unmarked parameters on one tp rank only.
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     return parameter
+
+
+def enter_parallel_region(
+    x: torch.Tensor, tp_group: Group, *, sequence_parallel: bool
+) -> torch.Tensor:
+    """The residual stream -> the input of column-parallel layers, [b, s, ..] on every rank.
+
+    Args:
+        x: [b, s, ..] the same on every rank, or [b, s/tp, ..] under sequence parallelism.
+        tp_group: Group that splits the region's weights; None for one rank.
+        sequence_parallel: Whether the residual stream is split over s.
+    """
+    if sequence_parallel:
+        return gather_sequence(x, tp_group)
+    return copy_to_group(x, tp_group)
+
+
+def leave_parallel_region(
+    x: torch.Tensor, tp_group: Group, *, sequence_parallel: bool
+) -> torch.Tensor:
+    """Partial sums [b, s, ..] -> the residual stream, [b, s, ..] or [b, s/tp, ..]."""
+    if sequence_parallel:
+        return reduce_scatter_sequence(x, tp_group)
+    return reduce_from_group(x, tp_group)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -41,12 +81,67 @@ class ColumnParallelLinear(nn.Module):
     Args:
         in_features: Width of the input.
         out_features: Width of the output over all ranks; divisible by tp.
-        bias: Whether there is one; it is split like the output.
-        tp_group: Group over which the output is split; None for one rank.
-        gather_output: Return [.., out] on every rank rather than [.., out/tp].
+        bias: Whether there is one; split like the output.
+        tp_group: Group over which outputs are split; None for one rank.
 
     Raises:
         ValueError: If tp does not divide out_features.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, tp_group: Group) -> None:
+        super().__init__()
+        local = _shard(out_features, "out_features", tp_group)
+        self.weight = empty_parameter(local, in_features, tp_dim=0)
+        self.bias = empty_parameter(local, tp_dim=0) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, s, in] inside a parallel region -> [b, s, out/tp]; no collective."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class SharedColumnLinear(nn.Module):
+    """A column-parallel layer with fewer output blocks than ranks: tp / num_blocks ranks share one.
+
+    The weight is whole on every rank, which multiplies by the rows of its own block; the parts of
+    the gradient are summed over tp. For key/value heads fewer than tp.
+
+    Args:
+        in_features: Width of the input.
+        block_size: Width of the output, one block.
+        num_blocks: Blocks of the weight; divides tp.
+        bias: Whether there is one.
+        tp_group: Group whose ranks share the blocks.
+    """
+
+    def __init__(
+        self, in_features: int, block_size: int, *, num_blocks: int, bias: bool, tp_group: Group
+    ) -> None:
+        super().__init__()
+        self.tp_group = tp_group
+        block = group_rank(tp_group) * num_blocks // group_size(tp_group)
+        self.rows = slice(block * block_size, (block + 1) * block_size)
+        self.weight = empty_parameter(num_blocks * block_size, in_features)
+        self.bias = empty_parameter(num_blocks * block_size) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, s, in] inside a parallel region -> [b, s, block_size]."""
+        weight = copy_to_group(self.weight, self.tp_group)[self.rows]
+        bias = None if self.bias is None else copy_to_group(self.bias, self.tp_group)[self.rows]
+        return F.linear(x, weight, bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with the columns of W (inputs) split over tp; leaves the parallel region.
+
+    Args:
+        in_features: Width of the input over all ranks; divisible by tp.
+        out_features: Width of the output.
+        bias: Whether there is one; replicated.
+        tp_group: Group over which the input is split; None for one rank.
+        sequence_parallel: Whether the output is split over s.
+
+    Raises:
+        ValueError: If tp does not divide in_features.
     """
 
     def __init__(
@@ -56,48 +151,26 @@ class ColumnParallelLinear(nn.Module):
         *,
         bias: bool,
         tp_group: Group,
-        gather_output: bool = False,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.tp_group = tp_group
-        self.gather_output = gather_output
-        local = _shard(out_features, "out_features", tp_group)
-        self.weight = empty_parameter(local, in_features, tp_dim=0)
-        self.bias = empty_parameter(local, tp_dim=0) if bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., in], the same on every rank -> [.., out/tp], or [.., out] if gathered."""
-        y = F.linear(copy_to_group(x, self.tp_group), self.weight, self.bias)
-        return gather_from_group(y, self.tp_group) if self.gather_output else y
-
-
-class RowParallelLinear(nn.Module):
-    """y = x W^T + b with the columns of W (inputs) split over tp.
-
-    Args:
-        in_features: Width of the input over all ranks; divisible by tp.
-        out_features: Width of the output.
-        bias: Whether there is one; replicated.
-        tp_group: Group over which the input is split; None for one rank.
-
-    Raises:
-        ValueError: If tp does not divide in_features.
-    """
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, tp_group: Group) -> None:
-        super().__init__()
-        self.tp_group = tp_group
+        self.sequence_parallel = sequence_parallel
         local = _shard(in_features, "in_features", tp_group)
         self.weight = empty_parameter(out_features, local, tp_dim=1)
         self.bias = empty_parameter(out_features) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., in/tp] -> [.., out], the same on every rank."""
+        """[b, s, in/tp] -> [b, s, out], the same on every rank, or [b, s/tp, out]."""
         if group_size(self.tp_group) == 1:
             return F.linear(x, self.weight, self.bias)
-        y = reduce_from_group(F.linear(x, self.weight), self.tp_group)
+        y = F.linear(x, self.weight)  # [b, s, out], a partial sum
+        y = leave_parallel_region(y, self.tp_group, sequence_parallel=self.sequence_parallel)
+        if self.bias is None:
+            return y
         # Row-parallel bias is added after the all-reduce; before it, it would count tp times.
-        return y if self.bias is None else y + self.bias
+        # Under sequence parallelism it sees a part of the tokens only.
+        return y + copy_to_group(self.bias, self.tp_group if self.sequence_parallel else None)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -107,21 +180,31 @@ class VocabParallelEmbedding(nn.Module):
         num_embeddings: Rows over all ranks; divisible by tp.
         embedding_size: Width.
         tp_group: Group over which rows are split; None for one rank.
+        sequence_parallel: Whether the output is split over s.
     """
 
-    def __init__(self, num_embeddings: int, embedding_size: int, *, tp_group: Group) -> None:
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_size: int,
+        *,
+        tp_group: Group,
+        sequence_parallel: bool = False,
+    ) -> None:
         super().__init__()
         self.tp_group = tp_group
+        self.sequence_parallel = sequence_parallel
         local = _shard(num_embeddings, "num_embeddings", tp_group)
         self.first = group_rank(tp_group) * local
         self.weight = empty_parameter(local, embedding_size, tp_dim=0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[b, s] global token ids -> [b, s, h], the same on every rank."""
+        """[b, s] global token ids -> [b, s, h], the same on every rank, or [b, s/tp, h]."""
         if group_size(self.tp_group) == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first  # [b, s]
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         # reduce: exactly one rank has each row, the others add zero
-        return reduce_from_group(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.tp_group)
+        return leave_parallel_region(rows, self.tp_group, sequence_parallel=self.sequence_parallel)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megagpt.parallel.collectives import copy_to_group
+from megagpt.model.layers import enter_parallel_region
 from megagpt.parallel.groups import Group, group_rank, group_size
 
 IGNORE_INDEX = -100
@@ -118,18 +118,21 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     tp_group: Group,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """Cross entropy of hidden @ weight^T.
 
     Args:
-        hidden: [b, s, h], the same on every rank of tp_group.
+        hidden: [b, s, h], the same on every rank of tp_group; [b, s/tp, h] if sequence_parallel.
         weight: [v/tp, h].
         targets: [b, s], int64, as in `vocab_parallel_cross_entropy`.
         vocab_size: Real tokens of the padded vocabulary.
         tp_group: Group over which v is split; None for one rank.
+        sequence_parallel: Whether hidden is split over s; targets are whole all the same.
 
     Returns:
         [b, s], float32, nats per token.
     """
-    logits = F.linear(copy_to_group(hidden, tp_group), weight)  # [b, s, v/tp]
+    hidden = enter_parallel_region(hidden, tp_group, sequence_parallel=sequence_parallel)
+    logits = F.linear(hidden, weight)  # [b, s, v/tp]
     return vocab_parallel_cross_entropy(logits, targets, vocab_size=vocab_size, tp_group=tp_group)

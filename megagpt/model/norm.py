@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm over the last dim, replicated over tensor-parallel ranks.
 
-`split_group` is for norms whose input is split over that group (per-head norms): each rank then
-sees a part of the weight's gradient, and the parts are summed.
+`split_group` is for norms whose input is split over that group (per-head norms; all norms of the
+residual stream under sequence parallelism): each rank then sees a part of the weight's gradient,
+and the parts are summed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Building the model for a ZeRO stage; under stage 3, values go straight into each rank's shard.
+"""Building a model under ZeRO-3: values go straight into each rank's shard.
 
-No rank ever holds more than its shard plus one parameter. The only file of this room that imports
-DeepSpeed besides the pipeline.
+No rank ever holds more than its shard plus one parameter. Next file: `build.py`, its caller.
 """
 
 from __future__ import annotations
@@ -10,44 +9,41 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.gpt import GPTModel
-from megagpt.model.initialization import initialize, local_initial_value
-from megagpt.parallel.groups import Group
+from megagpt.model.initialization import local_initial_value
+from megagpt.parallel.groups import Group, ProcessGroups
 
 
-def build_model(
+def build_sharded_model(
     config: ModelConfig,
     *,
     seed: int,
-    dtype: torch.dtype,
     ds_config: dict,
-    tp_group: Group = None,
-    dp_group: Group = None,
+    groups: ProcessGroups,
+    **model_arguments: Any,
 ) -> GPTModel:
-    """A model with its initial weights, whole under ZeRO 0 to 2 and sharded under ZeRO-3.
+    """A model whose parameters are sharded over dp, with their initial weights.
 
     Args:
         config: Shape; vocab_size must be set.
         seed: Of the initial weights.
-        dtype: Of the weights.
-        ds_config: Resolved DeepSpeed configuration, which names the stage.
-        tp_group: Group that splits each layer; None for one rank.
-        dp_group: Group over which ZeRO-3 shards; None for the world.
-
-    Returns:
-        The model; its weights are the same for every stage and number of ranks.
+        ds_config: Resolved DeepSpeed configuration of stage 3; it decides for the weights' type,
+            because `zero.Init(dtype=...)` is ignored on a CPU without fp16 (0.19.8,
+            `partition_parameters.py`, `_set_dtype`).
+        groups: Of the layout.
+        **model_arguments: As in `GPTModel`.
     """
-    if ds_config.get("zero_optimization", {}).get("stage", 0) < 3:
-        model = GPTModel(config, tp_group=tp_group).to(dtype)
-        initialize(model, config, seed=seed, tp_group=tp_group)
-        return model
+    deepspeed.init_distributed(auto_mpi_discovery=False)  # takes the group that exists
     with deepspeed.zero.Init(
-        data_parallel_group=dp_group, config_dict_or_path=ds_config, dtype=dtype
+        data_parallel_group=groups.get_data_parallel_group(),
+        config_dict_or_path=ds_config,
+        mpu=groups,
     ):
-        model = GPTModel(config, tp_group=tp_group)
-    _fill_shards(model, config, seed=seed, tp_group=tp_group)
+        model = GPTModel(config, tp_group=groups.tp_group, **model_arguments)
+    _fill_shards(model, config, seed=seed, tp_group=groups.tp_group)
     return model
 
 
@@ -60,7 +56,7 @@ def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: G
     `partition_parameters.py`, `_partition_param`).
     """
     parameter: Any  # carries DeepSpeed's ds_* attributes
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.canonical_parameters():
         value = local_initial_value(
             name, parameter, parameter.ds_shape, config, seed=seed, tp_group=tp_group
         )
@@ -69,5 +65,17 @@ def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: G
         start = size * torch.distributed.get_rank(parameter.ds_process_group)
         mine = value.reshape(-1)[start : start + size]
         # The padding of the last shards is never read as a weight, but it is summed in norms.
-        shard.zero_()
-        shard[: mine.numel()].copy_(mine)
+        padded = torch.zeros(size, dtype=shard.dtype)
+        padded[: mine.numel()].copy_(mine)
+        _write_shard(parameter, padded)
+
+
+def _write_shard(parameter: Any, values: torch.Tensor) -> None:
+    """Writes this rank's shard in memory, or in its file where parameters are on NVMe."""
+    if parameter.ds_tensor.final_location != OffloadDeviceEnum.nvme:
+        parameter.ds_tensor.copy_(values)
+        return
+    swapper = parameter.nvme_swapper
+    swapper.swap_in([parameter], async_op=False)
+    parameter.ds_tensor.copy_(values)
+    swapper.swap_out_and_release([parameter])

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 OPS = ("ShareMemCommBuilder", "CPUAdamBuilder", "FusedAdamBuilder")
+ASYNC_IO = "AsyncIOBuilder"
+"""Op of NVMe offload, built where libaio is installed."""
 LOCK_NAME = "lock"
 
 _REPORT_SECONDS = 10.0
@@ -106,11 +108,34 @@ def prebuild(
         )
         return {}
     seconds = {}
+    if ops == OPS:
+        try:
+            require_async_io()
+            ops = (*OPS, ASYNC_IO)
+        except ValueError as error:
+            report(f"op {ASYNC_IO} is left out, without it there is no NVMe offload: {error}")
     for number, name in enumerate(ops, 1):
         begin = time.monotonic()
         _load(name, f"op {number}/{len(ops)} {name}", report)
         seconds[name] = time.monotonic() - begin
     return seconds
+
+
+def require_async_io() -> None:
+    """Checks that the op of NVMe offload can be compiled here.
+
+    Raises:
+        ValueError: If libaio's headers are missing.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(ASYNC_IO)
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise ValueError(
+            "offload to nvme needs libaio and its headers, which are not here; install them "
+            "(Debian, Ubuntu: apt-get install libaio-dev; Fedora: dnf install libaio-devel), or "
+            "offload to cpu"
+        )
 
 
 def _load(name: str, title: str, report: Callable[[str], None]) -> None:

@@ -1,14 +1,44 @@
 """The collectives of tensor parallelism as autograd functions; without a group they do nothing.
 
-Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3 (functions f and g).
+Each is the transpose of its own backward. Where the residual stream is whole on every rank, a
+parallel region is entered by `copy_to_group` and left by `reduce_from_group`; where it is split
+over the sequence, by `gather_sequence` and `reduce_scatter_sequence`.
+
+Sources: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3 (functions f and g);
+Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2 (sequence parallelism).
 """
+
+# b micro-batch, s sequence; "/tp" marks a local shard
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
-from megagpt.parallel.groups import Group, group_rank, group_size
+from megagpt.parallel.groups import Group, group_size
+
+
+def _all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _all_gather(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """[b, s/tp, ..] -> [b, s, ..]."""
+    shards = tensor.transpose(0, 1).contiguous()  # [s/tp, b, ..]
+    size = group_size(group)
+    whole = shards.new_empty(shards.shape[0] * size, *shards.shape[1:])
+    dist.all_gather_into_tensor(whole, shards, group=group)
+    return whole.transpose(0, 1).contiguous()
+
+
+def _reduce_scatter(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """Partial sums [b, s, ..] -> [b, s/tp, ..]."""
+    parts = tensor.transpose(0, 1).contiguous()  # [s, b, ..]
+    own = parts.new_empty(parts.shape[0] // group_size(group), *parts.shape[1:])
+    dist.reduce_scatter_tensor(own, parts, group=group)
+    return own.transpose(0, 1).contiguous()
 
 
 class _Copy(torch.autograd.Function):
@@ -20,70 +50,61 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         # all-reduce over tp: each rank's part of the gradient -> the whole
-        grad = grad_output.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return _all_reduce(grad_output, ctx.group), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group):
         # all-reduce over tp: partial sums -> full
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _all_reduce(tensor, group)
 
     @staticmethod
     def backward(ctx, grad_output):
         return grad_output, None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group):
         ctx.group = group
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(group_size(group))]
-        # all-gather over tp: shards of the last dim -> full
-        dist.all_gather(parts, tensor, group=group)
-        return torch.cat(parts, dim=-1)
+        # all-gather over tp: shards of the sequence -> the whole
+        return _all_gather(tensor, group)
 
     @staticmethod
     def backward(ctx, grad_output):
-        shards = grad_output.chunk(group_size(ctx.group), dim=-1)
-        return shards[group_rank(ctx.group)].contiguous(), None
+        # reduce-scatter over tp: each rank's part of the gradient -> own shard of the sum
+        return _reduce_scatter(grad_output, ctx.group), None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group):
         ctx.group = group
-        return tensor.chunk(group_size(group), dim=-1)[group_rank(group)].contiguous()
+        # reduce-scatter over tp: partial sums -> own shard of the full sequence
+        return _reduce_scatter(tensor, group)
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_output = grad_output.contiguous()
-        parts = [torch.empty_like(grad_output) for _ in range(group_size(ctx.group))]
-        # all-gather over tp: shards of the gradient's last dim -> full
-        dist.all_gather(parts, grad_output, group=ctx.group)
-        return torch.cat(parts, dim=-1), None
+        # all-gather over tp: shards of the gradient -> the whole
+        return _all_gather(grad_output, ctx.group), None
 
 
 def copy_to_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """Identity forward, all-reduce backward: the input of a column-parallel layer."""
+    """Identity forward, all-reduce backward: what every rank uses a part of."""
     return tensor if group_size(group) == 1 else _Copy.apply(tensor, group)
 
 
 def reduce_from_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """All-reduce forward, identity backward: the output of a row-parallel layer."""
+    """All-reduce forward, identity backward: partial sums -> full."""
     return tensor if group_size(group) == 1 else _Reduce.apply(tensor, group)
 
 
-def gather_from_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """All-gather of the last dim forward, own slice backward; [.., n/tp] -> [.., n]."""
-    return tensor if group_size(group) == 1 else _Gather.apply(tensor, group)
+def gather_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """All-gather of dim 1 forward, reduce-scatter backward; [b, s/tp, ..] -> [b, s, ..]."""
+    return tensor if group_size(group) == 1 else _GatherSequence.apply(tensor, group)
 
 
-def scatter_to_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """Own slice of the last dim forward, all-gather backward; [.., n] -> [.., n/tp]."""
-    return tensor if group_size(group) == 1 else _Scatter.apply(tensor, group)
+def reduce_scatter_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """Reduce-scatter of dim 1 forward, all-gather backward; partial [b, s, ..] -> [b, s/tp, ..]."""
+    return tensor if group_size(group) == 1 else _ReduceScatterSequence.apply(tensor, group)

@@ -1,4 +1,4 @@
-"""The process groups of the parallel axes; a degree of 1 has no group and calls nothing."""
+"""The process groups of the parallel axes; for the layers a degree of 1 has no group."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def _own_group(rank: int, lists: list[list[int]]) -> tuple[dist.ProcessGroup, li
 
 
 class ProcessGroups:
-    """This rank's groups, and the `mpu` that DeepSpeed wants when layers are split.
+    """This rank's groups, which are also the `mpu` that DeepSpeed wants.
+
+    DeepSpeed keeps the last `mpu` in a global and reads a group of None as the world, so it is
+    handed one at every start, with real groups, of size 1 too. Under a pipeline it makes its own.
 
     Args:
         topology: Of the initialised default process group; every rank must construct this.
@@ -36,12 +39,10 @@ class ProcessGroups:
         self.topology = topology
         self.rank = dist.get_rank()
         assert topology.world_size == dist.get_world_size()
-        _, self._dp_rank, self._tp_rank = topology.coordinates(self.rank)
-        self._split = topology.tensor_parallel_size > 1 or topology.pipeline_parallel_size > 1
-        if self._split:
-            # DeepSpeed reads a group of None as the world, so it gets real groups, of size 1 too.
-            self._tp, self._tp_ranks = _own_group(self.rank, topology.tensor_parallel_groups())
-            self._dp, self._dp_ranks = _own_group(self.rank, topology.data_parallel_groups())
+        self.pp_rank, self.dp_rank, self.tp_rank = topology.coordinates(self.rank)
+        self._tp, self._tp_ranks = _own_group(self.rank, topology.tensor_parallel_groups())
+        self._dp, self._dp_ranks = _own_group(self.rank, topology.data_parallel_groups())
+        self._replica, _ = _own_group(self.rank, topology.replica_groups())
 
     @property
     def tp_group(self) -> Group:
@@ -51,14 +52,18 @@ class ProcessGroups:
     @property
     def dp_group(self) -> Group:
         """The group of ranks with the same weights; None at degree 1."""
-        if self.topology.data_parallel_size == 1:
-            return None
-        return self._dp if self._split else dist.group.WORLD
+        return self._dp if self.topology.data_parallel_size > 1 else None
 
     @property
-    def mpu(self) -> ProcessGroups | None:
-        """What to hand to DeepSpeed: None where data parallelism has the whole world."""
-        return self if self._split else None
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks over which one whole model is split (pp x tp), size 1 too."""
+        return self._replica
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rank speaks for its samples: last stage, first tensor-parallel rank."""
+        last = self.topology.pipeline_parallel_size - 1
+        return self.tp_rank == 0 and self.pp_rank == last
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """DeepSpeed's name."""
@@ -74,7 +79,7 @@ class ProcessGroups:
 
     def get_data_parallel_rank(self) -> int:
         """DeepSpeed's name."""
-        return self._dp_rank
+        return self.dp_rank
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
         """DeepSpeed's name."""
@@ -86,7 +91,7 @@ class ProcessGroups:
 
     def get_tensor_model_parallel_rank(self) -> int:
         """DeepSpeed's name."""
-        return self._tp_rank
+        return self.tp_rank
 
     def get_tensor_model_parallel_src_rank(self) -> int:
         """DeepSpeed's name: the global rank of the group's first member."""

@@ -48,3 +48,14 @@ class ParallelTopology:
             for pp in range(self.pipeline_parallel_size)
             for tp in range(self.tensor_parallel_size)
         ]
+
+    def replica_groups(self) -> list[list[int]]:
+        """Ranks of each group over which one whole model is split (pp x tp)."""
+        return [
+            [
+                self.rank(pp=pp, dp=dp, tp=tp)
+                for pp in range(self.pipeline_parallel_size)
+                for tp in range(self.tensor_parallel_size)
+            ]
+            for dp in range(self.data_parallel_size)
+        ]

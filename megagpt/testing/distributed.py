@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,12 +30,17 @@ def _rank_main(
 ) -> None:
     os.environ.update(
         DS_ACCELERATOR="cpu",
+        # Another ninja than that of make compiles every op anew.
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
     )
     torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         dist.init_process_group(
             "gloo",

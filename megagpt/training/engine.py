@@ -1,93 +1,156 @@
-"""The only call of `deepspeed.initialize`, and what differs between ZeRO stages behind one face.
+"""The only call of `deepspeed.initialize`, and what differs between its engines behind one face.
 
+What DeepSpeed 0.19.8 gets wrong is mended here and nowhere else; docs/deepspeed.md lists it.
 Next file: `train_step.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from megagpt.config.schema import OptimizerConfig
+from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.optimizer import build_optimizer
 
 
 def build_engine(
-    model: torch.nn.Module, config: OptimizerConfig, ds_config: dict
+    model: torch.nn.Module, config: OptimizerConfig, ds_config: dict, groups: ProcessGroups
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps the model for training under the resolved DeepSpeed configuration.
 
     Args:
-        model: Built by `megagpt.model.zero3.build_model` under the same ZeRO stage.
+        model: Built by `megagpt.model.build.build_model` for the same layout.
         config: AdamW's settings.
         ds_config: Resolved: no "auto", no optimizer or scheduler section.
+        groups: Of the layout.
 
     Returns:
-        The engine; its optimizer steps are taken by `optimizer_step`.
+        The engine; its `get_global_grad_norm()` holds after each step, in every mode.
     """
     zero = ds_config.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer = build_optimizer(model, config, offloaded=offloaded)
     values = dict(ds_config)
     if zero.get("stage", 0) == 0:
-        # Ours under ZeRO-0: see clip_zero0_gradients.
-        values["gradient_clipping"] = 0.0
+        values["gradient_clipping"] = 0.0  # done by the hook
+        optimizer.register_step_pre_hook(
+            lambda *_: clip_zero0_gradients(optimizer, groups, config.clip_grad)
+        )
+    is_pipeline = groups.topology.pipeline_parallel_size > 1
+    if is_pipeline:
+        # On by default, they would send a tp-th of each activation and gather it again; under
+        # sequence parallelism a rank's activation is a tp-th already, and another one.
+        values["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, config, offloaded=offloaded),
+        optimizer=optimizer,
         config=values,
+        mpu=None if is_pipeline else groups,  # a pipeline brings its own
         dist_init_required=False,
     )
+    if is_pipeline:
+        engine._INSTRUCTION_MAP = {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.ReduceTiedGrads: reduce_tied_gradients,
+        }
     return engine
 
 
-def clip_zero0_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> float:
-    """Clips the reduced gradients of fp32 ZeRO-0 in place and returns their global norm.
+def _is_counted(parameter: torch.Tensor, groups: ProcessGroups) -> bool:
+    """Whether this rank's copy of a parameter counts in a norm over the replica group."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return groups.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
-    DeepSpeed clips there too, but its `get_global_grad_norm()` stays None (0.19.8); so norm and
-    clipping are both done here, with DeepSpeed's own clipping switched off.
+
+@torch.no_grad()
+def clip_zero0_gradients(
+    optimizer: torch.optim.Optimizer, groups: ProcessGroups, max_norm: float
+) -> None:
+    """Clips the reduced gradients of fp32 ZeRO-0 in place and leaves their global norm.
+
+    DeepSpeed clips there too, but its `get_global_grad_norm()` stays None, and under a pipeline its
+    clipping drops parameters of later stages and counts tied weights twice (0.19.8,
+    `runtime/utils.py`, `clip_grad_norm_`); so norm and clipping are both done here, before the
+    optimizer's step, with DeepSpeed's own switched off. The engine reads `_global_grad_norm`.
+
+    Args:
+        optimizer: Whose parameters have their gradients reduced over dp.
+        groups: Of the layout.
+        max_norm: Largest global norm; 0 is off.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    squares = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    for parameter in parameters:
+        if _is_counted(parameter, groups):
+            squares += parameter.grad.float().pow(2).sum(dtype=torch.float64)
+    if dist.get_world_size(groups.replica_group) > 1:
+        # all-reduce over pp and tp: squares of each rank's part -> of the whole model
+        dist.all_reduce(squares, group=groups.replica_group)
+    norm = squares.sqrt().float()
     if max_norm > 0:
         # DeepSpeed's own form (max_norm / (norm + 1e-6)), so that all stages agree.
         scale = max_norm / (norm + 1e-6)
         if scale < 1:
-            torch._foreach_mul_(gradients, scale)
-    return norm.item()
+            torch._foreach_mul_([parameter.grad for parameter in parameters], scale)
+    optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, *, lr: float, clip_grad: float) -> float:
-    """Takes the optimizer step at the accumulation boundary.
+def reduce_tied_gradients(engine: PipelineEngine) -> None:
+    """Sums the gradient of tied weights over the stages that hold a copy.
 
-    Args:
-        engine: After the last backward of the step.
-        lr: Learning rate of this step.
-        clip_grad: Largest global gradient norm; 0 is off.
-
-    Returns:
-        The global norm of the gradients before clipping.
+    DeepSpeed's own reads `.grad`; under ZeRO-1 with CPU offload and fp32 accumulation the gradient
+    has moved to `.grad_accum` by then and the sum is silently left out (0.19.8,
+    `runtime/pipe/engine.py`, `_exec_reduce_tied_grads`).
     """
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        if engine.using_bf16_optimizer:
+            gradient = weight._hp_grad
+        elif getattr(engine.optimizer, "use_grad_accum_attribute", False):
+            gradient = weight.grad_accum
+        else:
+            gradient = weight.grad
+        # all-reduce over the first and last stage: each use's gradient -> the weight's
+        dist.all_reduce(gradient, group=group)
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Sets the rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    if engine.zero_optimization_stage() == 0:
-        norm = clip_zero0_gradients(engine.module.parameters(), clip_grad)
-        engine.step()
-        return norm
-    engine.step()
-    return float(engine.get_global_grad_norm())
 
 
-def parameter_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Euclidean norm of all weights; a collective under ZeRO-3, where each rank holds a shard."""
-    sharded = engine.zero_optimization_stage() == 3
+@torch.no_grad()
+def parameter_norm(engine: deepspeed.DeepSpeedEngine, groups: ProcessGroups) -> float:
+    """Euclidean norm of all weights of the model, each counted once; a collective."""
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for parameter in engine.module.parameters():
-        values = parameter.ds_tensor if sharded else parameter
-        total += values.detach().to(engine.device).float().pow(2).sum(dtype=torch.float64)
-    if sharded and dist.get_world_size() > 1:
-        # all-reduce over dp: squares of shards -> squares of the whole
+        if _is_counted(parameter, groups):
+            values = _local_values(parameter).to(engine.device)
+            total += values.float().pow(2).sum(dtype=torch.float64)
+    # all-reduce over pp and tp, under ZeRO-3 also over dp: squares of parts -> of the whole
+    if engine.zero_optimization_stage() == 3:
         dist.all_reduce(total)
+    else:
+        dist.all_reduce(total, group=groups.replica_group)
     return total.sqrt().item()
+
+
+def _local_values(parameter: Any) -> torch.Tensor:
+    """What this rank holds of a parameter: all of it, or its ZeRO-3 shard, read back from NVMe."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    if parameter.ds_tensor.final_location != OffloadDeviceEnum.nvme:
+        return parameter.ds_tensor
+    swapper = parameter.nvme_swapper
+    swapper.swap_in([parameter], async_op=False)
+    values = parameter.ds_tensor.clone()
+    swapper.remove_partition_and_release_buffers([parameter])
+    return values

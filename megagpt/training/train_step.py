@@ -1,22 +1,50 @@
 """One optimizer step and one evaluation, with the loss normalised by the global token count.
 
-Next file: `trainer.py`.
+With and without pipeline. Next file: `trainer.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
 from megagpt.model.loss import IGNORE_INDEX
-from megagpt.training.engine import optimizer_step
+from megagpt.parallel.groups import ProcessGroups
+from megagpt.training.engine import set_learning_rate
 
 # b micro-batch, s sequence
-Batch = tuple[torch.Tensor, torch.Tensor]
+
+_EVALUATION_CHUNK = 32
+"""Micro-batches that an evaluation sends through the pipeline at a time."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of a data-parallel rank reads."""
+
+    tokens: torch.Tensor
+    """[b, s], int64."""
+    labels: torch.Tensor
+    """[b, s], int64: the next tokens, or IGNORE_INDEX."""
+    position_ids: torch.Tensor | None = None
+    """[b, s], int64, 0 where a document begins; None: one document a sample."""
+    dropout_keys: torch.Tensor | None = None
+    """[b], int64; None without dropout."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose loss counts."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def pipeline_inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the first stage takes, see `megagpt.model.pipeline.GPTStage`."""
+        tensors = (self.tokens, self.labels, self.position_ids, self.dropout_keys)
+        return tuple(t for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
@@ -31,58 +59,111 @@ class StepResult:
     """Global gradient norm before clipping."""
 
 
-def _sum_over_ranks(*values: float | torch.Tensor, device: torch.device) -> list[float]:
+def _sum_over_samples(
+    *values: float | torch.Tensor, groups: ProcessGroups, device: torch.device
+) -> list[float]:
+    """Sums over data-parallel ranks, told to every rank."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    if not groups.has_loss:
+        total.zero_()  # its samples are another rank's too, which speaks for them
     if dist.get_world_size() > 1:
-        # all-reduce over dp: each rank's sums -> sums of the global batch
+        # all-reduce over the world: each rank's sums -> sums of the global batch
         dist.all_reduce(total)
     return total.tolist()
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, batches: list[Batch], *, lr: float, clip_grad: float
+    engine: deepspeed.DeepSpeedEngine,
+    batches: list[MicroBatch],
+    *,
+    groups: ProcessGroups,
+    lr: float,
 ) -> StepResult:
     """Forward, backward and update over the step's micro-batches.
 
     Args:
-        engine: In training mode.
-        batches: This rank's micro-batches, each (tokens [b, s], labels [b, s]).
+        engine: From `build_engine`.
+        batches: The micro-batches of this rank's data-parallel index.
+        groups: Of the layout.
         lr: Learning rate of this step.
-        clip_grad: Largest global gradient norm; 0 is off.
 
     Returns:
         Loss, tokens and gradient norm of the global batch.
     """
-    engine.train()
-    local_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
-    (num_tokens,) = _sum_over_ranks(local_tokens, device=engine.device)
+    local_tokens = sum(batch.num_tokens for batch in batches)
+    (num_tokens,) = _sum_over_samples(local_tokens, groups=groups, device=engine.device)
     # DeepSpeed divides by the accumulation steps and averages over dp; we want sum / count.
-    scale = len(batches) * dist.get_world_size() / num_tokens
+    scale = len(batches) * groups.topology.data_parallel_size / num_tokens
+    set_learning_rate(engine, lr)
+    if groups.topology.pipeline_parallel_size > 1:
+        engine.module.loss_sum.zero_()
+        engine.train_batch(_pipeline_data(batches, scale))
+        loss_sum = engine.module.loss_sum
+    else:
+        loss_sum = _accumulate(engine, batches, scale)
+    (total,) = _sum_over_samples(loss_sum, groups=groups, device=engine.device)
+    return StepResult(
+        loss=total / num_tokens,
+        num_tokens=int(num_tokens),
+        grad_norm=float(engine.get_global_grad_norm()),
+    )
+
+
+def _accumulate(
+    engine: deepspeed.DeepSpeedEngine, batches: list[MicroBatch], scale: float
+) -> torch.Tensor:
+    """Forward and backward of each micro-batch and the update; returns the summed loss."""
+    engine.train()
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for index, (tokens, labels) in enumerate(batches):
-        loss = engine(tokens.to(engine.device), labels.to(engine.device)).sum()
+    for batch in batches:
+        loss = _loss(engine, batch).sum()
         loss_sum += loss.detach()
         engine.backward(loss * scale)
-        if index < len(batches) - 1:
-            engine.step()  # not at a boundary: counts the micro-batch
-    grad_norm = optimizer_step(engine, lr=lr, clip_grad=clip_grad)
-    (total,) = _sum_over_ranks(loss_sum, device=engine.device)
-    return StepResult(loss=total / num_tokens, num_tokens=int(num_tokens), grad_norm=grad_norm)
+        engine.step()  # updates at the last one
+    return loss_sum
+
+
+def _loss(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> torch.Tensor:
+    tensors = (batch.tokens, batch.labels, batch.position_ids, batch.dropout_keys)
+    return engine(*(None if t is None else t.to(engine.device) for t in tensors))
+
+
+def _pipeline_data(
+    batches: Iterable[MicroBatch], scale: float
+) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    """What the first and the last stage read: inputs, and the scale of the summed loss."""
+    for batch in batches:
+        yield batch.pipeline_inputs(), torch.tensor(scale)
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch]) -> float:
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine, batches: Iterable[MicroBatch], *, groups: ProcessGroups
+) -> float:
     """Mean loss over all valid tokens, in nats: a ratio of sums, never a mean of means.
 
     Args:
-        engine: Any engine; left in evaluation mode.
-        batches: This rank's share; every rank must have the same number.
+        engine: From `build_engine`; left in evaluation mode.
+        batches: Those of this rank's data-parallel index; every rank must have the same number.
+        groups: Of the layout.
     """
     engine.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     num_tokens = 0
-    for tokens, labels in batches:
-        loss_sum += engine(tokens.to(engine.device), labels.to(engine.device)).sum()
-        num_tokens += int((labels != IGNORE_INDEX).sum())
-    total, count = _sum_over_ranks(loss_sum, num_tokens, device=engine.device)
+    remaining = iter(batches)
+    while chunk := list(islice(remaining, _EVALUATION_CHUNK)):
+        num_tokens += sum(batch.num_tokens for batch in chunk)
+        if groups.topology.pipeline_parallel_size > 1:
+            engine.module.loss_sum.zero_()
+            engine.eval_batch(
+                _pipeline_data(chunk, 1.0),
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=len(chunk),
+            )
+            loss_sum += engine.module.loss_sum
+        else:
+            for batch in chunk:
+                loss_sum += _loss(engine, batch).sum()
+    total, count = _sum_over_samples(loss_sum, num_tokens, groups=groups, device=engine.device)
     return total / count

@@ -32,17 +32,27 @@ from megagpt.checkpoint.state import (
 from megagpt.config.command_line import config_to_dict
 from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
 from megagpt.config.schema import Config
-from megagpt.data.gpt_dataset import GPTDataset, build_datasets, data_fingerprint, tokens_to_batch
+from megagpt.data.gpt_dataset import (
+    GPTDataset,
+    build_datasets,
+    data_fingerprint,
+    document_positions,
+    tokens_to_batch,
+)
 from megagpt.data.manifest import read_manifest, write_json
 from megagpt.data.sampler import BatchSampler
+from megagpt.model.build import build_model
+from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import count_parameters
-from megagpt.model.zero3 import build_model
 from megagpt.monitor.memory import memory_metrics
 from megagpt.monitor.metrics import MetricLogger
 from megagpt.monitor.throughput import model_flops_per_token
+from megagpt.operations.prebuild import require_async_io
+from megagpt.parallel.groups import ProcessGroups
+from megagpt.parallel.topology import ParallelTopology
 from megagpt.training.engine import build_engine, parameter_norm
 from megagpt.training.schedule import learning_rate
-from megagpt.training.train_step import Batch, StepResult, evaluate, train_step
+from megagpt.training.train_step import MicroBatch, StepResult, evaluate, train_step
 
 logger = logging.getLogger("megagpt")
 
@@ -89,22 +99,23 @@ class Trainer:
     ) -> None:
         self.start_time = time.monotonic()
         self.world = world
-        tp = config.parallel.tensor_parallel_size
-        if tp > 1:
-            raise ValueError(
-                f"tensor_parallel_size={tp} cannot be trained by this version; set it to 1 "
-                "(the layers support it, the trainer does not yet)"
-            )
         self.resolved = resolve_ds_config(
             config,
             ds_config,
-            data_parallel_size=world.size,
+            world_size=world.size,
             ds_config_path=ds_config_path,
             device=device,
+        )
+        self.topology = ParallelTopology(
+            world.size,
+            tensor_parallel_size=config.parallel.tensor_parallel_size,
+            pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         )
         zero = self.resolved.values.get("zero_optimization", {})
         self.zero_stage = zero.get("stage", 0)
         self.offload = zero.get("offload_optimizer", {}).get("device", "none")
+        if "nvme" in (self.offload, zero.get("offload_param", {}).get("device")):
+            require_async_io()
         self.config = _with_vocab_size(config)
         self.datasets: dict[str, GPTDataset] = build_datasets(
             self.config.data,
@@ -114,11 +125,13 @@ class Trainer:
         self.fingerprint = data_fingerprint(self.config.data)
         self.run_directory = Path(config.output_dir)
         self.checkpoints = self.run_directory / "checkpoints"
+        self.eod = _end_of_document(self.config)
+        _, dp_rank, _ = self.topology.coordinates(world.rank)
         self.sampler = BatchSampler(
             global_batch_size=config.batch.global_batch_size,
             micro_batch_size=config.batch.micro_batch_size,
-            dp_rank=world.rank,
-            dp_size=world.size,
+            dp_rank=dp_rank,
+            dp_size=self.topology.data_parallel_size,
         )
         self.state, self.load_directory = self._starting_point()
         self.table = format_resolved_table(self.config, sources, self.resolved)
@@ -167,6 +180,8 @@ class Trainer:
         """
         config = self.config
         logger.info(self.table)
+        for warning in self.resolved.warnings:
+            logger.info(f"warning: {warning}")
         if self._finished():
             logger.info(
                 f"nothing to do: step {self.state.step} of {config.training.train_steps} "
@@ -175,14 +190,19 @@ class Trainer:
             return self._read_summary()
         if self.world.rank == 0:
             self._write_resolved()
+        self.groups = ProcessGroups(self.topology)
         model = build_model(
             config.model,
             seed=config.training.seed,
             dtype=_DTYPES[config.training.precision],
             ds_config=self.resolved.values,
+            parallel=config.parallel,
+            groups=self.groups,
+            recompute=config.training.activation_checkpointing,
+            has_position_ids=config.data.document_masking,
         )
         num_parameters = count_parameters(config.model)
-        engine = build_engine(model, config.optimizer, self.resolved.values)
+        engine = build_engine(model, config.optimizer, self.resolved.values, self.groups)
         if self.load_directory is not None:
             load_checkpoint(engine, self.load_directory)
             logger.info(f"resumed from {self.load_directory} at step {self.state.step}")
@@ -190,8 +210,7 @@ class Trainer:
             f"parameters: {num_parameters:,} | tokens / micro-batch / rank: "
             f"{config.batch.micro_batch_size} x {config.model.seq_length} | tokens / step: "
             f"{config.batch.global_batch_size * config.model.seq_length:,} | ranks: "
-            f"{self.world.size} | ZeRO stage: {self.zero_stage} | "
-            f"precision: {config.training.precision}"
+            f"{self._layout_words()} | precision: {config.training.precision}"
         )
         metrics = MetricLogger(
             self.run_directory / "tensorboard",
@@ -219,7 +238,9 @@ class Trainer:
                 metrics.training(step, self.state.consumed_samples, values)
             stop = self._stop_reason()
             if "valid" in self.datasets and self._is_due(config.training.eval_interval, stop):
-                validation_loss = evaluate(engine, self._evaluation_batches("valid"))
+                validation_loss = evaluate(
+                    engine, self._evaluation_batches("valid"), groups=self.groups
+                )
                 metrics.validation(step, self.state.consumed_samples, validation_loss)
             if stop:
                 summary = {
@@ -237,7 +258,7 @@ class Trainer:
                     write_json(self.run_directory / "training_summary.json", summary)
             if self._is_due(config.checkpoint.save_interval, stop):
                 logger.info(f"saving checkpoint at iteration {step:7d} to {self.checkpoints}")
-                save_checkpoint(engine, self.checkpoints, self.state)
+                save_checkpoint(engine, self.checkpoints, self.state, self.groups)
                 logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
             if stop:
                 logger.info(f"stopping at step {step}: {stop}")
@@ -255,9 +276,7 @@ class Trainer:
             decay_steps=config.decay_steps,
             wsd_decay_steps=config.wsd_decay_steps,
         )
-        result = train_step(
-            engine, self._train_batches(), lr=lr, clip_grad=config.optimizer.clip_grad
-        )
+        result = train_step(engine, self._train_batches(), groups=self.groups, lr=lr)
         self.state = dataclasses.replace(
             self.state,
             step=self.state.step + 1,
@@ -300,19 +319,49 @@ class Trainer:
                 return f"exit_duration_seconds={training.exit_duration_seconds} reached"
         return None
 
-    def _train_batches(self) -> list[Batch]:
+    def _train_batches(self) -> list[MicroBatch]:
+        """The micro-batches of the next step."""
         dataset = self.datasets["train"]
         return [
-            _to_batch(np.stack([dataset[i] for i in indices]))
+            self._micro_batch(np.stack([dataset[i] for i in indices]), indices)
             for indices in self.sampler.micro_batches(self.state.consumed_samples)
         ]
 
-    def _evaluation_batches(self, split: str) -> Iterator[Batch]:
+    def _evaluation_batches(self, split: str) -> Iterator[MicroBatch]:
         dataset = self.datasets[split]
         count = min(len(dataset), self.config.training.eval_samples or len(dataset))
         padding = np.full(self.config.model.seq_length + 1, -1, dtype=np.int64)
         for indices in self.sampler.evaluation_batches(count):
-            yield _to_batch(np.stack([dataset[i] if i >= 0 else padding for i in indices]))
+            samples = np.stack([dataset[i] if i >= 0 else padding for i in indices])
+            yield self._micro_batch(samples, indices)
+
+    def _micro_batch(self, samples: np.ndarray, indices: list[int]) -> MicroBatch:
+        """Tensors of samples [b, s + 1], with what masking and dropout need."""
+        data = self.config.data
+        tokens, labels = tokens_to_batch(
+            samples, masked_after=self.eod if data.eod_mask_loss else None
+        )
+        positions = keys = None
+        if data.document_masking:
+            assert self.eod is not None
+            positions = torch.from_numpy(document_positions(tokens, self.eod))
+        if self.config.model.dropout:
+            # In evaluation too, where nothing is dropped: a pipeline's messages keep their form.
+            keys = dropout_keys(
+                torch.tensor(indices),
+                seed=self.config.training.seed,
+                step=self.state.step + 1,
+            )
+        return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), positions, keys)
+
+    def _layout_words(self) -> str:
+        topology, parallel = self.topology, self.config.parallel
+        sequence = " with sequence parallelism" if parallel.sequence_parallel else ""
+        return (
+            f"{self.world.size} (data {topology.data_parallel_size} x tensor "
+            f"{topology.tensor_parallel_size}{sequence} x pipeline "
+            f"{topology.pipeline_parallel_size}) | ZeRO stage: {self.zero_stage}"
+        )
 
     def _step_metrics(
         self, engine: DeepSpeedEngine, result: StepResult, lr: float, seconds: float
@@ -324,7 +373,7 @@ class Trainer:
             "lm loss": result.loss,
             "learning-rate": lr,
             "grad-norm": result.grad_norm,
-            "params-norm": parameter_norm(engine),
+            "params-norm": parameter_norm(engine, self.groups),
             "batch-size": float(config.batch.global_batch_size),
             "loss-scale": float(engine.loss_scale())
             if config.training.precision == "fp16"
@@ -354,9 +403,19 @@ class Trainer:
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _to_batch(samples: np.ndarray) -> Batch:
-    tokens, labels = tokens_to_batch(samples)
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
+def _end_of_document(config: Config) -> int | None:
+    """The token that ends documents, from the data's manifest; needed by masking only."""
+    manifest = read_manifest(config.data.train_path or config.data.path or "")
+    if manifest is not None:
+        return manifest.eod
+    for name in ("document_masking", "eod_mask_loss"):
+        if getattr(config.data, name):
+            raise ValueError(
+                f"data.{name}=true needs the token that ends documents, and "
+                f"{config.data.train_path or config.data.path} has no manifest that tells it; "
+                "preprocess the data with tools/preprocess_data.py, or turn it off"
+            )
+    return None
 
 
 def _with_vocab_size(config: Config) -> Config:

@@ -8,8 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.schema import ModelConfig, ParallelConfig
 from megagpt.model.gpt import GPTModel
+from megagpt.parallel.groups import ProcessGroups
+from megagpt.parallel.topology import ParallelTopology
 from megagpt.testing.distributed import run_distributed
 
 CONFIG = ModelConfig(
@@ -38,15 +40,18 @@ def ds_config(stage, dtype, offload=False):
 def value_cells(rank, world_size):
     import deepspeed
 
-    from megagpt.model.zero3 import build_model
+    from megagpt.model.build import build_model
 
+    layout = {"parallel": ParallelConfig(), "groups": ProcessGroups(ParallelTopology(world_size))}
     for config in (CONFIG, LLAMA):
         for dtype in (torch.float32, torch.bfloat16):
-            plain = build_model(config, seed=7, dtype=dtype, ds_config=ds_config(1, dtype))
+            plain = build_model(
+                config, seed=7, dtype=dtype, ds_config=ds_config(1, dtype), **layout
+            )
             expected = dict(plain.named_parameters())
             for offload in (False, True):
                 model = build_model(
-                    config, seed=7, dtype=dtype, ds_config=ds_config(3, dtype, offload)
+                    config, seed=7, dtype=dtype, ds_config=ds_config(3, dtype, offload), **layout
                 )
                 parameters = dict(model.named_parameters())
                 assert parameters.keys() == expected.keys()
@@ -87,20 +92,28 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def measured_build(stage, dtype):
+def measured_build(stage, dtype, groups):
     """Peak and final bytes of a construction."""
-    from megagpt.model.zero3 import build_model
+    from megagpt.model.build import build_model
 
     with LiveBytes() as meter:
-        model = build_model(DEEP, seed=7, dtype=dtype, ds_config=ds_config(stage, dtype))
+        model = build_model(
+            DEEP,
+            seed=7,
+            dtype=dtype,
+            ds_config=ds_config(stage, dtype),
+            parallel=ParallelConfig(),
+            groups=groups,
+        )
         held = meter.live
     del model
     return meter.peak, held
 
 
 def memory_cells(rank, world_size):
+    groups = ProcessGroups(ParallelTopology(world_size))
     return {
-        dtype: (measured_build(1, dtype), measured_build(3, dtype))
+        dtype: (measured_build(1, dtype, groups), measured_build(3, dtype, groups))
         for dtype in (torch.float32, torch.bfloat16)
     }
 
@@ -115,7 +128,7 @@ def test_shards_hold_the_plain_models_values_and_no_rank_more_than_one_layer_bes
     with torch.device("meta"):
         model = GPTModel(DEEP)
     total = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.layers[0].parameters())
+    layer = sum(p.numel() for p in model.layers["0"].parameters())
     assert layer > model.embedding.word.weight.numel()
     for peaks in run_distributed(all_cells, world_size):
         for dtype, ((whole_peak, whole), (peak, held)) in peaks.items():

@@ -14,7 +14,7 @@ from megagpt.data.tokenizer import ByteTokenizer
 from megagpt.inference.evaluate import SplitText, evaluate, read_split, total_loss
 from megagpt.inference.load import build_model
 from megagpt.model.gpt import GPTModel
-from megagpt.model.initialization import initialize
+from megagpt.model.initialization import VOCABULARY_WEIGHTS, initialize
 
 TEXTS = ["O, speak again!\n", "Zwölf größere Ölkäfer.", "x"]
 TOKENIZER = ByteTokenizer()
@@ -94,9 +94,17 @@ def test_bits_per_byte_counts_utf8_bytes_and_ends_of_documents(model, prefix):
     assert evaluation.perplexity == pytest.approx(math.exp(evaluation.loss))
 
 
+def saved_weights(model):
+    """As a checkpoint holds them: without the padding of the vocabulary."""
+    return {
+        name: p.detach()[: model.config.vocab_size].clone() if name in VOCABULARY_WEIGHTS else p
+        for name, p in model.canonical_parameters()
+    }
+
+
 def test_uniform_model_costs_log_v_a_token(model):
     config = dataclasses.replace(SHAPE, tie_embeddings=False)
-    weights = {n: torch.zeros_like(p) for n, p in GPTModel(config).named_parameters()}
+    weights = {n: torch.zeros_like(p) for n, p in saved_weights(GPTModel(config)).items()}
     uniform = build_model(Config(model=config), weights, device=torch.device("cpu"))
     evaluation = evaluate(uniform, SplitText(all_tokens(), 39), eod=256, stride=4)
     assert evaluation.loss == pytest.approx(math.log(257), rel=1e-6)
@@ -126,7 +134,7 @@ def test_wrong_requests_are_refused_in_one_line(model, prefix):
 
 def test_build_model_takes_exactly_the_weights_of_the_configuration(model):
     config = Config(model=SHAPE)
-    weights = {name: p.clone() for name, p in model.named_parameters()}
+    weights = saved_weights(model)
     built = build_model(config, weights, device=torch.device("cpu"))
     tokens = torch.arange(8)[None]
     torch.testing.assert_close(built.logits(tokens), model.logits(tokens), rtol=0, atol=0)

@@ -54,3 +54,10 @@ def test_initialize_leaves_no_parameter_out():
     initialize(model, CONFIG, seed=3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, value(name, parameter.shape, seed=3)), name
+
+
+def test_the_padding_of_the_vocabulary_is_zero_and_changes_no_row():
+    name = "embedding.word.weight"
+    padded, more = value(name, (128, 64)), value(name, (256, 64))
+    assert torch.equal(padded[:100], more[:100]) and padded[:100].std() > 0.01
+    assert (more[100:] == 0).all() and (padded[100:] == 0).all()

@@ -1,0 +1,81 @@
+"""Building this rank's part of the model for a layout: whole, sharded by ZeRO-3, or one stage.
+
+Next files: `gpt.py`, `zero3.py`, `pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megagpt.config.schema import ModelConfig, ParallelConfig, Recompute
+from megagpt.model.gpt import GPTModel
+from megagpt.model.initialization import initialize
+from megagpt.parallel.groups import ProcessGroups
+from megagpt.parallel.partition import pipeline_stages
+
+if TYPE_CHECKING:
+    from megagpt.model.pipeline import GPTPipeline
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    ds_config: dict,
+    parallel: ParallelConfig,
+    groups: ProcessGroups,
+    recompute: Recompute = "none",
+    has_position_ids: bool = False,
+) -> GPTModel | GPTPipeline:
+    """A model with its initial weights, which are the same for every layout.
+
+    Args:
+        config: Shape; vocab_size must be set.
+        seed: Of the initial weights.
+        dtype: Of the weights.
+        ds_config: Resolved DeepSpeed configuration, which names the ZeRO stage.
+        parallel: Degrees of the axes.
+        groups: Of those degrees.
+        recompute: What backward computes again, see `Block`.
+        has_position_ids: Whether batches carry document positions.
+
+    Returns:
+        The whole model of this tensor-parallel rank, or its pipeline stage.
+    """
+    tp_group = groups.tp_group
+    arguments: dict[str, Any] = {
+        "sequence_parallel": parallel.sequence_parallel,
+        "recompute": recompute,
+    }
+    if parallel.pipeline_parallel_size > 1:
+        # Imported here, as zero3 is: inference must not need DeepSpeed.
+        from megagpt.model.pipeline import GPTPipeline
+
+        pipeline = GPTPipeline(
+            config,
+            topology=groups.topology,
+            stages=pipeline_stages(
+                config, parallel.pipeline_parallel_size, parallel.pipeline_partition
+            ),
+            tp_group=tp_group,
+            has_position_ids=has_position_ids,
+            **arguments,
+        ).to(dtype)
+        initialize(pipeline, config, seed=seed, tp_group=tp_group)
+        return pipeline
+    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        from megagpt.model.zero3 import build_sharded_model
+
+        return build_sharded_model(
+            config,
+            seed=seed,
+            ds_config=ds_config,
+            groups=groups,
+            **arguments,
+        )
+    model = GPTModel(config, tp_group=tp_group, **arguments).to(dtype)
+    initialize(model, config, seed=seed, tp_group=tp_group)
+    return model
