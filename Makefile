@@ -7,15 +7,17 @@ BIN := .venv/bin
 START := $(shell date +%s)
 export DS_ACCELERATOR ?= cpu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-CODE := megagpt tools launch tests
+CODE := megagpt tools launch tests benchmarks
 FAST_TESTS := $(wildcard tests/unit tests/distributed tests/parity)
 
-.PHONY: help venv ops demo test test-slow lint format clean
+.PHONY: help venv ops demo test test-slow parity mutation lint format clean
 
 help:
 	@echo "make demo       train a small GPT on Shakespeare on two CPU processes, from nothing"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make parity     every layout against the oracle: build/parity.json, docs/parity.md"
+	@echo "make mutation   break invariants, and see the parity suite fail: build/mutation.json"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
 	@echo "make ops        compile DeepSpeed's CPU ops"
 	@echo "make clean      remove caches and build folders; data, runs and .venv stay"
@@ -39,6 +41,12 @@ test: lint ops
 
 test-slow: ops
 	$(BIN)/python -m pytest -q -m slow tests
+
+parity: ops
+	$(BIN)/python tests/parity/suite.py --json build/parity.json --docs docs/parity.md
+
+mutation: ops
+	$(BIN)/python tests/mutation/mutate.py --json build/mutation.json
 
 lint: venv
 	$(BIN)/ruff check $(CODE)

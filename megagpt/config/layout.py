@@ -103,4 +103,7 @@ class Layout:
             zero["offload_optimizer"] = {"device": device}
         if self.offload in ("cpu", "nvme"):
             zero["offload_param"] = {"device": device}
+        if self.offload == "nvme":
+            # By default DeepSpeed keeps the first 1e9 parameters in memory all the same.
+            zero["offload_param"]["max_in_cpu"] = 0
         return {"zero_optimization": zero}

@@ -43,8 +43,27 @@ def build_sharded_model(
         mpu=groups,
     ):
         model = GPTModel(config, tp_group=groups.tp_group, **model_arguments)
+    _mend_swapper(model)
     _fill_shards(model, config, seed=seed, tp_group=groups.tp_group)
     return model
+
+
+def _mend_swapper(model: GPTModel) -> None:
+    """Mends two faults of parameters on NVMe (0.19.8, `partitioned_param_swapper.py`).
+
+    What stands in for a shard that is in its file is float16, and whoever asks the shard for its
+    type gets that one. The prefetch asks for a parameter twice where its window holds the end of
+    the forward pass and the beginning of the backward pass, and the second time is an assertion.
+    """
+    parameter: Any = next(model.parameters())
+    swapper = parameter.nvme_swapper
+    if swapper is None:
+        return
+    swapper.invalid_buffer = torch.ones((), dtype=parameter.dtype)
+    swap_in = swapper.swap_in
+    swapper.swap_in = lambda params, *arguments, **options: swap_in(
+        list(dict.fromkeys(params)), *arguments, **options
+    )
 
 
 @torch.no_grad()
@@ -65,7 +84,7 @@ def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: G
         start = size * torch.distributed.get_rank(parameter.ds_process_group)
         mine = value.reshape(-1)[start : start + size]
         # The padding of the last shards is never read as a weight, but it is summed in norms.
-        padded = torch.zeros(size, dtype=shard.dtype)
+        padded = torch.zeros(size, dtype=parameter.dtype)
         padded[: mine.numel()].copy_(mine)
         _write_shard(parameter, padded)
 

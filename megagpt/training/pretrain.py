@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,7 @@ from megagpt.config.command_line import parse_config
 from megagpt.operations.prebuild import remove_stale_locks
 
 if TYPE_CHECKING:
+    from megagpt.training.train_step import StepResult
     from megagpt.training.trainer import Trainer
 
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "launch" / "demo.yaml"
@@ -28,6 +30,20 @@ def pretrain(arguments: list[str]) -> int:
 
     Returns:
         The exit code: 0 when the run, or the part of it that was asked for, is done.
+    """
+    train(arguments)
+    return 0
+
+
+def train(arguments: list[str], on_step: Callable[[StepResult], bool | None] | None = None) -> None:
+    """Checks everything, joins the process group of the launcher, and trains.
+
+    Args:
+        arguments: The command line of `launch/pretrain.py`.
+        on_step: As in `Trainer.run`.
+
+    Raises:
+        ValueError: For what a user can mend, on the first rank of a host; the others exit with 1.
     """
     try:
         trainer, device = _check_everything(arguments)
@@ -42,10 +58,9 @@ def pretrain(arguments: list[str]) -> int:
     import torch
 
     try:
-        trainer.run()
+        trainer.run(on_step)
     finally:
         torch.distributed.destroy_process_group()
-    return 0
 
 
 def _check_everything(arguments: list[str]) -> tuple[Trainer, Literal["cpu", "cuda"]]:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,14 +170,15 @@ class Trainer:
         )
         return dataclasses.replace(saved, config=self.config), directory
 
-    def run(self, on_step: Callable[[StepResult], None] | None = None) -> dict:
+    def run(self, on_step: Callable[[StepResult], bool | None] | None = None) -> dict:
         """Trains to the end or to a stopping rule; needs an initialised process group.
 
         Args:
-            on_step: Called after each step with its exact figures, on every rank.
+            on_step: Called after each step with its exact figures, on every rank; where all return
+                True, the run ends there, with no evaluation and no checkpoint.
 
         Returns:
-            The summary that is also written to `training_summary.json`.
+            The summary that is also written to `training_summary.json`; {} if on_step ended it.
         """
         config = self.config
         logger.info(self.table)
@@ -225,8 +227,9 @@ class Trainer:
         skipped = nan = 0
         while True:
             result, lr, seconds = self._advance(engine)
-            if on_step is not None:
-                on_step(result)
+            if on_step is not None and on_step(result):
+                summary = {}
+                break
             trained_tokens += result.num_tokens
             train_seconds += seconds
             skipped += not engine.was_step_applied()
@@ -264,7 +267,15 @@ class Trainer:
                 logger.info(f"stopping at step {step}: {stop}")
                 break
         metrics.close()
+        self._remove_swap_files()
         return summary
+
+    def _remove_swap_files(self) -> None:
+        """Removes what NVMe offload left in the run folder; a path of the user's stays as it is."""
+        dist.barrier()
+        for key, source in self.resolved.sources.items():
+            if key.endswith(".nvme_path") and source == "derived":
+                shutil.rmtree(self.run_directory / "nvme", ignore_errors=True)
 
     def _advance(self, engine: DeepSpeedEngine) -> tuple[StepResult, float, float]:
         """Takes one optimizer step; returns its figures, its learning rate and its seconds."""

@@ -17,9 +17,25 @@ from megagpt.testing.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
-FP32_CELLS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-BF16_CELLS = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-RESUME_CELLS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+# Every file of ds_configs/
+FP32_CELLS = [
+    *("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"),
+    *("zero3_nvme", "pipeline"),
+]
+BF16_CELLS = FP32_CELLS[1:]
+TP = ("--parallel.tensor_parallel_size", "2")
+PP = ("--parallel.pipeline_parallel_size", "2")
+RESUME_CELLS = {
+    **{
+        f"zero{stage}/{precision}": (f"zero{stage}", precision, ())
+        for stage in (1, 2, 3)
+        for precision in ("fp32", "bf16")
+    },
+    "tp2/fp32": ("zero1", "fp32", TP),
+    "tp2/bf16": ("zero3", "bf16", TP),
+    "pp2/fp32": ("zero0", "fp32", PP),
+    "pp2/bf16": ("pipeline", "bf16", PP),
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +104,10 @@ def agreement_cells(rank, world_size, data, root):
     for precision, cells in (("fp32", FP32_CELLS), ("bf16", BF16_CELLS)):
         for zero in cells:
             folder = Path(root) / f"{precision}_{zero}"
-            curves[f"{precision}/{zero}"] = train(rank, world_size, data, folder, zero, precision)
+            extra = PP if zero == "pipeline" else ()
+            curves[f"{precision}/{zero}"] = train(
+                rank, world_size, data, folder, zero, precision, extra=extra
+            )
     return curves
 
 
@@ -102,6 +121,10 @@ def curves(data, tmp_path_factory):
 
 def largest_difference(a, b, column):
     return max(abs(x[column] - y[column]) / abs(y[column]) for x, y in zip(a, b, strict=True))
+
+
+def test_every_shipped_json_is_trained():
+    assert set(FP32_CELLS) == {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
 
 
 @pytest.mark.parametrize("zero", FP32_CELLS[1:])
@@ -141,18 +164,20 @@ def resume_cells(rank, world_size, data, root):
     from megagpt.checkpoint.state import find_checkpoint
 
     outcome = {}
-    for stage, precision in RESUME_CELLS:
-        zero, digests, runs = f"zero{stage}", [], []
+    for cell, (zero, precision, extra) in RESUME_CELLS.items():
+        digests, runs = [], []
         for name, parts in (("straight", [None]), ("resumed", [6, None])):
-            folder = Path(root) / f"{zero}_{precision}_{name}"
+            folder = Path(root) / f"{cell.replace('/', '_')}_{name}"
             curve = []
             for part, exit_step in enumerate(parts):
                 load = "auto" if part else "none"
-                curve += train(rank, world_size, data, folder, zero, precision, 12, exit_step, load)
+                curve += train(
+                    *(rank, world_size, data, folder, zero, precision, 12, exit_step, load, extra)
+                )
             runs.append(curve)
             weights = find_checkpoint(folder) / "weights.safetensors"
             digests.append(hashlib.sha256(weights.read_bytes()).hexdigest())
-        outcome[f"{zero}/{precision}"] = (*runs, *digests)
+        outcome[cell] = (*runs, *digests)
     return outcome
 
 
@@ -162,9 +187,9 @@ def resumed(data, tmp_path_factory):
     return run_distributed(resume_cells, 2, str(data), str(root), timeout_seconds=400)[0]
 
 
-@pytest.mark.parametrize("stage,precision", RESUME_CELLS)
-def test_stop_and_resume_equals_a_straight_run_to_the_last_bit(resumed, stage, precision):
-    straight, resumed_curve, weights, resumed_weights = resumed[f"zero{stage}/{precision}"]
+@pytest.mark.parametrize("cell", RESUME_CELLS)
+def test_stop_and_resume_equals_a_straight_run_to_the_last_bit(resumed, cell):
+    straight, resumed_curve, weights, resumed_weights = resumed[cell]
     assert len(straight) == 12
     assert resumed_curve == straight  # floats compared exactly, gradient norms too
     assert resumed_weights == weights

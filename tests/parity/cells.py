@@ -21,7 +21,8 @@ FEATURES = {
     "documents": "--data.document_masking true",
     "dropout": "--model.dropout 0.1",
     # DeepSpeed swaps to NVMe what has at least 1 MiB on a rank, and keeps the rest in memory.
-    "wide": "--model.hidden_size 512 --model.num_layers 2",
+    "wide": "--model.hidden_size 128 --model.ffn_hidden_size 8192 --model.num_layers 2 "
+    "--model.seq_length 16",
 }
 
 # What the issue of parity promises; docs/parity.md says why.
@@ -154,5 +155,5 @@ CELLS = (
     Cell("pp2-zero1-offload_optimizer_cpu", GPT2, "bf16"),
     Cell("pp2-dp2-zero1-offload_optimizer_cpu", GPT2, "bf16"),
     Cell("dp2-zero2-offload_optimizer_cpu", GPT2, "bf16"),
-    Cell("dp2-zero3-offload_nvme", LLAMA, "bf16", features=WIDE),
+    Cell("dp2-zero3-offload_nvme", GPT2, "bf16", features=WIDE),
 )

@@ -105,10 +105,17 @@ def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: P
         world=World(rank, world_size),
         device="cpu",
     )
-    curve = []
-    summary = trainer.run(
-        on_step=lambda result: curve.append((result.loss, result.grad_norm, result.num_tokens))
-    )
+    curve, swapped = [], set()
+
+    def on_step(result) -> None:
+        curve.append((result.loss, result.grad_norm, result.num_tokens))
+        swapped.update(path.parts[-3] for path in output_dir.glob("nvme/zero_stage_3/*/rank*/*"))
+
+    summary = trainer.run(on_step)
+    # What a layout says is on NVMe really was: DeepSpeed keeps small tensors in memory.
+    assert any("optimizer" in name for name in swapped) == ("nvme" in cell.layout), swapped
+    assert any("params" in name for name in swapped) == ("offload_nvme" in cell.layout), swapped
+    assert not (output_dir / "nvme").exists()
     weights = {}
     if rank == 0:
         (saved,) = output_dir.glob("checkpoints/step_*/weights.safetensors")

@@ -142,6 +142,7 @@ def test_a_layout_name_gives_flags_and_json():
     assert "activation_checkpointing full" in words
     zero = layout.ds_config()["zero_optimization"]
     assert zero["stage"] == 3
-    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "nvme"}
+    assert zero["offload_optimizer"] == {"device": "nvme"}
+    assert zero["offload_param"] == {"device": "nvme", "max_in_cpu": 0}
     only = Layout.parse("dp2-zero2-offload_optimizer_cpu").ds_config()["zero_optimization"]
     assert only == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
