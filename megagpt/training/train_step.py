@@ -13,38 +13,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megagpt.model.loss import IGNORE_INDEX
 from megagpt.parallel.groups import ProcessGroups
+from megagpt.training.batches import MicroBatch
 from megagpt.training.engine import set_learning_rate
-
-# b micro-batch, s sequence
 
 _EVALUATION_CHUNK = 32
 """Micro-batches that an evaluation sends through the pipeline at a time."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass of a data-parallel rank reads."""
-
-    tokens: torch.Tensor
-    """[b, s], int64."""
-    labels: torch.Tensor
-    """[b, s], int64: the next tokens, or IGNORE_INDEX."""
-    position_ids: torch.Tensor | None = None
-    """[b, s], int64, 0 where a document begins; None: one document a sample."""
-    dropout_keys: torch.Tensor | None = None
-    """[b], int64; None without dropout."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose loss counts."""
-        return int((self.labels != IGNORE_INDEX).sum())
-
-    def pipeline_inputs(self) -> tuple[torch.Tensor, ...]:
-        """What the first stage takes, see `megagpt.model.pipeline.GPTStage`."""
-        tensors = (self.tokens, self.labels, self.position_ids, self.dropout_keys)
-        return tuple(t for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)

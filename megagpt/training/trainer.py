@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,17 +33,9 @@ from megagpt.checkpoint.state import (
 from megagpt.config.command_line import config_to_dict
 from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
 from megagpt.config.schema import Config
-from megagpt.data.gpt_dataset import (
-    GPTDataset,
-    build_datasets,
-    data_fingerprint,
-    document_positions,
-    tokens_to_batch,
-)
+from megagpt.data.gpt_dataset import GPTDataset, build_datasets, data_fingerprint
 from megagpt.data.manifest import read_manifest, write_json
-from megagpt.data.sampler import BatchSampler
 from megagpt.model.build import build_model
-from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import count_parameters
 from megagpt.monitor.memory import memory_metrics
 from megagpt.monitor.metrics import MetricLogger
@@ -51,9 +43,10 @@ from megagpt.monitor.throughput import model_flops_per_token
 from megagpt.operations.prebuild import require_async_io
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.parallel.topology import ParallelTopology
+from megagpt.training.batches import Batches
 from megagpt.training.engine import build_engine, parameter_norm
 from megagpt.training.schedule import learning_rate
-from megagpt.training.train_step import MicroBatch, StepResult, evaluate, train_step
+from megagpt.training.train_step import StepResult, evaluate, train_step
 
 logger = logging.getLogger("megagpt")
 
@@ -126,11 +119,10 @@ class Trainer:
         self.fingerprint = data_fingerprint(self.config.data)
         self.run_directory = Path(config.output_dir)
         self.checkpoints = self.run_directory / "checkpoints"
-        self.eod = _end_of_document(self.config)
         _, dp_rank, _ = self.topology.coordinates(world.rank)
-        self.sampler = BatchSampler(
-            global_batch_size=config.batch.global_batch_size,
-            micro_batch_size=config.batch.micro_batch_size,
+        self.batches = Batches(
+            self.config,
+            self.datasets,
             dp_rank=dp_rank,
             dp_size=self.topology.data_parallel_size,
         )
@@ -242,7 +234,7 @@ class Trainer:
             stop = self._stop_reason()
             if "valid" in self.datasets and self._is_due(config.training.eval_interval, stop):
                 validation_loss = evaluate(
-                    engine, self._evaluation_batches("valid"), groups=self.groups
+                    engine, self.batches.evaluation("valid"), groups=self.groups
                 )
                 metrics.validation(step, self.state.consumed_samples, validation_loss)
             if stop:
@@ -287,7 +279,12 @@ class Trainer:
             decay_steps=config.decay_steps,
             wsd_decay_steps=config.wsd_decay_steps,
         )
-        result = train_step(engine, self._train_batches(), groups=self.groups, lr=lr)
+        result = train_step(
+            engine,
+            self.batches.training(self.state.consumed_samples, step=self.state.step + 1),
+            groups=self.groups,
+            lr=lr,
+        )
         self.state = dataclasses.replace(
             self.state,
             step=self.state.step + 1,
@@ -329,41 +326,6 @@ class Trainer:
             if late.item():
                 return f"exit_duration_seconds={training.exit_duration_seconds} reached"
         return None
-
-    def _train_batches(self) -> list[MicroBatch]:
-        """The micro-batches of the next step."""
-        dataset = self.datasets["train"]
-        return [
-            self._micro_batch(np.stack([dataset[i] for i in indices]), indices)
-            for indices in self.sampler.micro_batches(self.state.consumed_samples)
-        ]
-
-    def _evaluation_batches(self, split: str) -> Iterator[MicroBatch]:
-        dataset = self.datasets[split]
-        count = min(len(dataset), self.config.training.eval_samples or len(dataset))
-        padding = np.full(self.config.model.seq_length + 1, -1, dtype=np.int64)
-        for indices in self.sampler.evaluation_batches(count):
-            samples = np.stack([dataset[i] if i >= 0 else padding for i in indices])
-            yield self._micro_batch(samples, indices)
-
-    def _micro_batch(self, samples: np.ndarray, indices: list[int]) -> MicroBatch:
-        """Tensors of samples [b, s + 1], with what masking and dropout need."""
-        data = self.config.data
-        tokens, labels = tokens_to_batch(
-            samples, masked_after=self.eod if data.eod_mask_loss else None
-        )
-        positions = keys = None
-        if data.document_masking:
-            assert self.eod is not None
-            positions = torch.from_numpy(document_positions(tokens, self.eod))
-        if self.config.model.dropout:
-            # In evaluation too, where nothing is dropped: a pipeline's messages keep their form.
-            keys = dropout_keys(
-                torch.tensor(indices),
-                seed=self.config.training.seed,
-                step=self.state.step + 1,
-            )
-        return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), positions, keys)
 
     def _layout_words(self) -> str:
         topology, parallel = self.topology, self.config.parallel
@@ -412,21 +374,6 @@ class Trainer:
     def _read_summary(self) -> dict:
         path = self.run_directory / "training_summary.json"
         return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _end_of_document(config: Config) -> int | None:
-    """The token that ends documents, from the data's manifest; needed by masking only."""
-    manifest = read_manifest(config.data.train_path or config.data.path or "")
-    if manifest is not None:
-        return manifest.eod
-    for name in ("document_masking", "eod_mask_loss"):
-        if getattr(config.data, name):
-            raise ValueError(
-                f"data.{name}=true needs the token that ends documents, and "
-                f"{config.data.train_path or config.data.path} has no manifest that tells it; "
-                "preprocess the data with tools/preprocess_data.py, or turn it off"
-            )
-    return None
 
 
 def _with_vocab_size(config: Config) -> Config:

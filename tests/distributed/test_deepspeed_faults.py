@@ -36,8 +36,9 @@ def pipeline_norm(world_size, *, mended):
     from megagpt.model.build import build_model
     from megagpt.parallel.groups import ProcessGroups
     from megagpt.parallel.topology import ParallelTopology
+    from megagpt.training.batches import MicroBatch
     from megagpt.training.engine import build_engine
-    from megagpt.training.train_step import MicroBatch, train_step
+    from megagpt.training.train_step import train_step
 
     groups = ProcessGroups(ParallelTopology(world_size, pipeline_parallel_size=2))
     values = ds_config(1, bf16=True, offload="cpu")
