@@ -1,0 +1,286 @@
+"""The mutations: each breaks one invariant of the trainer, by one edit of one place.
+
+`mark(value)` leaves a mark that the line was executed, and returns its argument; `measure.py`
+defines it for the ranks. Every mutation leaves a program that trains to the end, with all ranks at
+the same collectives: what must differ is a number. Next file: `mutate.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One broken invariant."""
+
+    name: str
+    invariant: str
+    """What holds in the unbroken code."""
+    file: str
+    """Under megagpt/."""
+    old: str
+    """Text that the file holds exactly once."""
+    new: str
+    """What takes its place."""
+    cells: tuple[str, ...]
+    """Names of the parity cells, each of which must catch it."""
+
+
+TENSOR = "tp2-zero0 gpt2 fp32"
+SEQUENCE = "tp2-sp-zero0 gpt2 fp32"
+PIPELINE = "pp2-zero0 gpt2 fp32"
+
+TENSOR_PARALLELISM = (
+    Mutation(
+        "no reduction of row-parallel outputs",
+        "The partial outputs of row-parallel layers are summed over tp.",
+        "parallel/collectives.py",
+        "return _all_reduce(tensor, group)",
+        "return mark(tensor.clone())",
+        (TENSOR,),
+    ),
+    Mutation(
+        "no reduction of the input's gradient",
+        "The gradient that enters a column-parallel region is summed over tp.",
+        "parallel/collectives.py",
+        "return _all_reduce(grad_output, ctx.group), None",
+        "return mark(grad_output), None",
+        (TENSOR,),
+    ),
+    Mutation(
+        "row-parallel bias before the reduction",
+        "A row-parallel bias counts once, not once on every tp rank.",
+        "model/layers.py",
+        "y = F.linear(x, self.weight)  # [b, s, out], a partial sum",
+        "return leave_parallel_region(\n"
+        "            mark(F.linear(x, self.weight, self.bias)),\n"
+        "            self.tp_group,\n"
+        "            sequence_parallel=self.sequence_parallel,\n"
+        "        )",
+        (TENSOR,),
+    ),
+    Mutation(
+        "padding of the vocabulary shifted by one",
+        "Only real tokens take part in the softmax, none of the rows that pad the vocabulary.",
+        "model/loss.py",
+        "num_real = min(max(vocab_size - first, 0), local)",
+        "num_real = mark(min(max(vocab_size + 1 - first, 0), local))",
+        (TENSOR,),
+    ),
+    Mutation(
+        "softmax over a part of the vocabulary",
+        "The softmax is normalised over the whole vocabulary, not over one rank's shard.",
+        "model/loss.py",
+        "dist.all_reduce(total, group=group)",
+        "mark(total)",
+        (TENSOR,),
+    ),
+    Mutation(
+        "initial values of the local shape",
+        "A rank's initial weights are its slice of the whole weight's, for every degree.",
+        "model/initialization.py",
+        "return local_shard(value, tp_dim, tp_group)",
+        "return mark(initial_value(name, torch.Size(local_shape), config, seed=seed))",
+        (TENSOR,),
+    ),
+    Mutation(
+        "per-head norms not summed",
+        "The gradient of the per-head norms, which see a rank's heads only, is summed over tp.",
+        "model/attention.py",
+        "self.query_norm = build_norm(config, config.head_size, split_group=tp_group)",
+        "self.query_norm = build_norm(config, config.head_size, split_group=mark(None))",
+        ("tp2-zero1 llama fp32",),
+    ),
+    Mutation(
+        "shared key/value heads not summed",
+        "The gradient of a key/value head that ranks share is summed over them.",
+        "model/layers.py",
+        "weight = copy_to_group(self.weight, self.tp_group)[self.rows]",
+        "weight = mark(self.weight)[self.rows]",
+        ("tp4-zero0 llama fp32",),
+    ),
+)
+
+SEQUENCE_PARALLELISM = (
+    Mutation(
+        "gathered sequence's gradient not summed",
+        "The gradient of a gathered sequence is summed over tp before each rank takes its part.",
+        "parallel/collectives.py",
+        "return _reduce_scatter(grad_output, ctx.group), None",
+        "size, rank = group_size(ctx.group), dist.get_rank(ctx.group)\n"
+        "        return mark(grad_output.chunk(size, dim=1)[rank].contiguous()), None",
+        (SEQUENCE,),
+    ),
+    Mutation(
+        "block norms not summed",
+        "The gradient of the residual stream's norms, which see a part of the tokens, is summed.",
+        "model/gpt.py",
+        "attention_norm = build_norm(config, config.hidden_size, split_group=self.split_group)",
+        "attention_norm = build_norm(config, config.hidden_size, split_group=mark(None))",
+        (SEQUENCE,),
+    ),
+    Mutation(
+        "row-parallel bias not summed",
+        "The gradient of a row-parallel bias, added to a part of the tokens, is summed over tp.",
+        "model/layers.py",
+        "copy_to_group(self.bias, self.tp_group if self.sequence_parallel else None)",
+        "mark(self.bias)",
+        (SEQUENCE,),
+    ),
+    Mutation(
+        "position embedding not summed",
+        "The gradient of the learned positions, of which a rank uses a part, is summed over tp.",
+        "model/gpt.py",
+        "copy_to_group(self.weight, self.split_group)",
+        "mark(self.weight)",
+        (SEQUENCE,),
+    ),
+    Mutation(
+        "first positions on every rank",
+        "A rank embeds the positions of its own part of the sequence.",
+        "model/gpt.py",
+        "return position_ids.chunk(group_size(tp_group), dim=-1)[group_rank(tp_group)]",
+        "return position_ids.chunk(group_size(tp_group), dim=-1)[mark(0)]",
+        (SEQUENCE,),
+    ),
+    Mutation(
+        "dropout as if the part were the whole",
+        "A dropout mask depends on the place in the whole sequence, not in a rank's part.",
+        "model/gpt.py",
+        "site=site,\n            sequence_start=group_rank(self.split_group) * x.shape[1],",
+        "site=site,\n            sequence_start=mark(0),",
+        ("tp2-sp-zero1-full gpt2 fp32 dropout",),
+    ),
+)
+
+NORM_AND_CLIPPING = (
+    Mutation(
+        "replicated weights counted on every rank",
+        "Our gradient norm counts a weight that all tp ranks hold once.",
+        "training/engine.py",
+        'return groups.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)',
+        "return mark(True)",
+        (TENSOR,),
+    ),
+    Mutation(
+        "split weights not marked",
+        "DeepSpeed's gradient norm counts the split weights of every tp rank.",
+        "model/layers.py",
+        "parameter.tensor_model_parallel = True",
+        "parameter.tensor_model_parallel = mark(False)",
+        ("tp2-zero1 llama fp32", "tp2-zero3 gpt2 fp32"),
+    ),
+    Mutation(
+        "tied weight counted twice",
+        "The gradient norm counts a weight that the first and the last stage hold once.",
+        "model/pipeline.py",
+        "weight.ds_pipe_replicated = self.stage.stage.is_last",
+        "weight.ds_pipe_replicated = mark(False)",
+        (PIPELINE, "pp2-zero1-full gpt2 fp32"),
+    ),
+    Mutation(
+        "norm of one stage",
+        "The gradient norm is of the whole model, not of the rank's stage or shard.",
+        "training/engine.py",
+        "dist.all_reduce(squares, group=groups.replica_group)",
+        "mark(squares)",
+        (PIPELINE,),
+    ),
+)
+
+BATCH_AND_LOSS = (
+    Mutation(
+        "mean of each micro-batch",
+        "Every token of the global batch weighs the same, in whichever micro-batch it stands.",
+        "training/train_step.py",
+        "engine.backward(loss * scale)",
+        "engine.backward(loss * mark(1.0 / batch.num_tokens))",
+        ("dp2-zero3 gpt2 fp32",),
+    ),
+    Mutation(
+        "loss scale without data parallelism",
+        "The loss's scale undoes the average that DeepSpeed takes over dp.",
+        "training/train_step.py",
+        "scale = len(batches) * groups.topology.data_parallel_size / num_tokens",
+        "scale = mark(len(batches) / num_tokens)",
+        ("dp2-zero0 llama fp32",),
+    ),
+    Mutation(
+        "validation as a mean of means",
+        "The validation loss is a ratio of sums over all ranks.",
+        "training/train_step.py",
+        "_sum_over_samples(loss_sum, num_tokens, groups=groups, device=engine.device)",
+        "_sum_over_samples(\n"
+        "        mark(loss_sum / max(num_tokens, 1)), 1, groups=groups, device=engine.device\n"
+        "    )",
+        ("dp2-zero3 gpt2 fp32",),
+    ),
+    Mutation(
+        "learning rate one step late",
+        "A step is taken at the learning rate of that step.",
+        "training/trainer.py",
+        "self.state.step + 1,\n            config.optimizer,",
+        "mark(self.state.step),\n            config.optimizer,",
+        ("zero0 gpt2 fp32",),
+    ),
+    Mutation(
+        "dropout by place in the micro-batch",
+        "A dropout mask belongs to the sample, not to its place in a rank's micro-batch.",
+        "training/batches.py",
+        "dropout_keys(torch.tensor(indices), ",
+        "dropout_keys(mark(torch.arange(len(indices))), ",
+        ("dp2-zero1 gpt2 fp32 dropout",),
+    ),
+    Mutation(
+        "no document mask",
+        "Attention stays within documents.",
+        "model/gpt.py",
+        "mask=None if position_ids is None else document_mask(position_ids),",
+        "mask=mark(None),",
+        ("tp2-zero0 llama fp32 documents",),
+    ),
+)
+
+STAGES_AND_SHARDS = (
+    Mutation(
+        "tied gradient not summed",
+        "The gradient of the tied weight is the sum of its uses on the first and the last stage.",
+        "training/engine.py",
+        "dist.all_reduce(gradient, group=group)",
+        "mark(gradient)",
+        (PIPELINE,),
+    ),
+    Mutation(
+        "document positions left behind",
+        "Document positions travel to every stage.",
+        "model/pipeline.py",
+        "position_ids = rest[0] if self.has_position_ids else None",
+        "position_ids = rest[0] if self.stage.is_first else mark(None)",
+        ("pp2-zero0 llama fp32 documents",),
+    ),
+    Mutation(
+        "every shard is the first",
+        "Under ZeRO-3 a rank's shard holds the values of its own place in the weight.",
+        "model/zero3.py",
+        "start = size * torch.distributed.get_rank(parameter.ds_process_group)",
+        "start = mark(0)",
+        ("dp2-zero3 gpt2 fp32",),
+    ),
+    Mutation(
+        "weight decay by the local shape",
+        "Matrices decay under ZeRO-3 too, where a rank's own tensor is empty.",
+        "training/optimizer.py",
+        'shape = getattr(parameter, "ds_shape", parameter.shape)',
+        "shape = mark(parameter.shape)",
+        ("dp2-zero3 gpt2 fp32",),
+    ),
+)
+
+MUTATIONS = (
+    *TENSOR_PARALLELISM,
+    *SEQUENCE_PARALLELISM,
+    *NORM_AND_CLIPPING,
+    *BATCH_AND_LOSS,
+    *STAGES_AND_SHARDS,
+)
