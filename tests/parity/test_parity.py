@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,6 +44,23 @@ def check(cell, records):
     # The settings make clipping bite in some steps of this style, and not in all.
     if record["style"].startswith("gpt2") and "wide" not in record["style"]:
         assert 0 < record["clipped_steps"] < suite.STEPS
+
+
+def test_a_run_that_is_not_a_number_anywhere_is_not_equal():
+    cell = CELLS[0]
+    good = [(5.0, 1.0, 10)] * suite.STEPS
+    weights = {"a": np.ones((2, 2)), "b": np.ones(3)}
+    reference = (good, 5.0, weights)
+    assert suite.compare(cell, (good, 5.0, weights), reference)["ok"]
+    nan = float("nan")
+    for curve, validation, changed in (
+        ([*good[:-1], (nan, 1.0, 10)], 5.0, weights),
+        ([*good[:-1], (5.0, nan, 10)], 5.0, weights),
+        (good, nan, weights),
+        (good, 5.0, weights | {"b": np.array([1.0, nan, 1.0])}),
+        (good, 5.0, weights | {"a": np.ones((2, 2)) * 1.1}),
+    ):
+        assert not suite.compare(cell, (curve, validation, changed), reference)["ok"]
 
 
 def test_the_page_of_parity_lists_every_cell_with_its_tolerance():
