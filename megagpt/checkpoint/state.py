@@ -125,15 +125,13 @@ def refuse_other_run(
         ),
         ("training.precision", state.config.training.precision, config.training.precision),
         ("training.seed", state.config.training.seed, config.training.seed),
-        (
-            "parallel.tensor_parallel_size",
-            state.config.parallel.tensor_parallel_size,
-            config.parallel.tensor_parallel_size,
-        ),
-        (
-            "parallel.pipeline_parallel_size",
-            state.config.parallel.pipeline_parallel_size,
-            config.parallel.pipeline_parallel_size,
+        *(
+            (
+                f"parallel.{name}",
+                getattr(state.config.parallel, name),
+                getattr(config.parallel, name),
+            )
+            for name in ("tensor_parallel_size", "pipeline_parallel_size", "pipeline_partition")
         ),
         ("number of ranks", state.world_size, world_size),
         ("ZeRO stage", state.zero_stage, zero_stage),

@@ -48,7 +48,7 @@ def gather_weights(
         for name in box[0]:
             value = None
             if groups.pp_rank == pp:
-                value = _whole(parameters[name], groups)
+                value = _whole(parameters[name], groups, engine.device)
                 if name in VOCABULARY_WEIGHTS:
                     value = value[:vocab_size].contiguous()
             value = _to_rank0(value, source, groups.rank, engine.device)
@@ -57,13 +57,16 @@ def gather_weights(
     return weights
 
 
-def _whole(parameter: torch.nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
+def _whole(
+    parameter: torch.nn.Parameter, groups: ProcessGroups, device: torch.device
+) -> torch.Tensor:
     """The fp32 value of a parameter, gathered over dp by DeepSpeed and over tp here."""
     full = safe_get_full_fp32_param(parameter)
     if full is None:  # ZeRO-0: the parameter is its own fp32 master
         full = parameter
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    full = full.detach().float().reshape(shape).contiguous()
+    # An offloaded one comes in host memory, where NCCL cannot gather it.
+    full = full.detach().to(device).float().reshape(shape).contiguous()
     dim = getattr(parameter, "tp_dim", None)
     if dim is None or groups.tp_group is None:
         return full
