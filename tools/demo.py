@@ -26,6 +26,7 @@ from megagpt.data.compression import baselines
 from megagpt.data.documents import read_documents
 from megagpt.data.manifest import file_sha256, read_manifest, write_json
 from megagpt.data.tokenizer import load_tokenizer
+from megagpt.operations.hardware import cpu_computes_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -212,6 +213,7 @@ def train_command() -> list[str | Path]:
         DS_CONFIG,
         "--checkpoint.load",
         "auto" if checkpoint_step() else "none",
+        *([] if cpu_computes_bf16() else ["--training.precision", "fp32"]),
     ]
 
 

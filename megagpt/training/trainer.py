@@ -40,6 +40,7 @@ from megagpt.model.gpt import count_parameters
 from megagpt.monitor.memory import memory_metrics
 from megagpt.monitor.metrics import MetricLogger
 from megagpt.monitor.throughput import model_flops_per_token
+from megagpt.operations.hardware import cpu_computes_bf16
 from megagpt.operations.prebuild import require_async_io
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.parallel.topology import ParallelTopology
@@ -93,6 +94,7 @@ class Trainer:
     ) -> None:
         self.start_time = time.monotonic()
         self.world = world
+        self.device = device
         self.resolved = resolve_ds_config(
             config,
             ds_config,
@@ -174,7 +176,13 @@ class Trainer:
         """
         config = self.config
         logger.info(self.table)
-        for warning in self.resolved.warnings:
+        warnings = list(self.resolved.warnings)
+        if self.device == "cpu" and config.training.precision == "bf16" and not cpu_computes_bf16():
+            warnings.append(
+                "this CPU has no bf16 arithmetic, which makes --training.precision=bf16 many times "
+                "slower than fp32; set --training.precision fp32"
+            )
+        for warning in warnings:
             logger.info(f"warning: {warning}")
         if self._finished():
             logger.info(
