@@ -4,8 +4,8 @@
 def cpu_computes_bf16() -> bool:
     """Whether oneDNN has bf16 kernels for this CPU (AVX-512 at least).
 
-    Without them torch falls back to plain loops: on an AVX2 machine a step of the demo took 60 times
-    as long as in bf16 on one with AMX, and products an eighth of the speed of its own fp32.
+    Without them torch falls back to slow loops: on a machine with AVX2 only, a step of the demo
+    took ten times as long in bf16 as in fp32.
     """
     import torch
 
