@@ -51,8 +51,11 @@ def main(arguments: list[str]) -> int:
         options.a, options.b, options.run, steps=options.steps, script=Path(__file__).resolve()
     )
     loss_limit, norm_limit = TOLERANCES[config.training.precision]
-    loss_limit = options.loss_tolerance or loss_limit
-    norm_limit = options.grad_norm_tolerance or norm_limit
+    # 0 is a tolerance too: bit for bit.
+    if options.loss_tolerance is not None:
+        loss_limit = options.loss_tolerance
+    if options.grad_norm_tolerance is not None:
+        norm_limit = options.grad_norm_tolerance
     print(f"step  loss {options.a}  loss {options.b}  difference  gradient norms  difference")
     for d in differences:
         print(

@@ -109,11 +109,10 @@ def prebuild(
         return {}
     seconds = {}
     if ops == OPS:
-        try:
-            require_async_io()
+        if problem := async_io_problem():
+            report(f"op {ASYNC_IO} is left out, without it there is no NVMe offload: {problem}")
+        else:
             ops = (*OPS, ASYNC_IO)
-        except ValueError as error:
-            report(f"op {ASYNC_IO} is left out, without it there is no NVMe offload: {error}")
     for number, name in enumerate(ops, 1):
         begin = time.monotonic()
         _load(name, f"op {number}/{len(ops)} {name}", report)
@@ -121,21 +120,18 @@ def prebuild(
     return seconds
 
 
-def require_async_io() -> None:
-    """Checks that the op of NVMe offload can be compiled here.
-
-    Raises:
-        ValueError: If libaio's headers are missing.
-    """
+def async_io_problem() -> str | None:
+    """Why the op of NVMe offload cannot be compiled here, with the remedy; None if it can."""
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder(ASYNC_IO)
-    if builder is None or not builder.is_compatible(verbose=False):
-        raise ValueError(
-            "offload to nvme needs libaio and its headers, which are not here; install them "
-            "(Debian, Ubuntu: apt-get install libaio-dev; Fedora: dnf install libaio-devel), or "
-            "offload to cpu"
-        )
+    if builder is not None and builder.is_compatible(verbose=False):
+        return None
+    return (
+        "offload to nvme needs libaio and its headers, which are not here; install them "
+        "(Debian, Ubuntu: apt-get install libaio-dev; Fedora: dnf install libaio-devel), or "
+        "offload to cpu"
+    )
 
 
 def _load(name: str, title: str, report: Callable[[str], None]) -> None:

@@ -41,7 +41,7 @@ from megagpt.monitor.memory import memory_metrics
 from megagpt.monitor.metrics import MetricLogger
 from megagpt.monitor.throughput import model_flops_per_token
 from megagpt.operations.hardware import cpu_computes_bf16
-from megagpt.operations.prebuild import require_async_io
+from megagpt.operations.prebuild import async_io_problem
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.parallel.topology import ParallelTopology
 from megagpt.training.batches import Batches
@@ -111,7 +111,8 @@ class Trainer:
         self.zero_stage = zero.get("stage", 0)
         self.offload = zero.get("offload_optimizer", {}).get("device", "none")
         if "nvme" in (self.offload, zero.get("offload_param", {}).get("device")):
-            require_async_io()
+            if problem := async_io_problem():
+                raise ValueError(problem)
         self.config = _with_vocab_size(config)
         self.datasets: dict[str, GPTDataset] = build_datasets(
             self.config.data,

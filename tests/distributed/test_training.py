@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.operations.prebuild import async_io_problem
 from megagpt.testing.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,22 +100,11 @@ def train(
     return curve
 
 
-def no_libaio():
-    """Why NVMe offload cannot run here, or None."""
-    from megagpt.operations.prebuild import require_async_io
-
-    try:
-        require_async_io()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def agreement_cells(rank, world_size, data, root):
     curves = {}
     for precision, cells in (("fp32", FP32_CELLS), ("bf16", BF16_CELLS)):
         for zero in cells:
-            if zero == "zero3_nvme" and no_libaio():
+            if zero == "zero3_nvme" and async_io_problem():
                 continue
             folder = Path(root) / f"{precision}_{zero}"
             extra = PP if zero == "pipeline" else ()
@@ -141,9 +131,9 @@ def test_every_shipped_json_is_trained():
 
 
 @pytest.mark.parametrize("zero", FP32_CELLS[1:])
-def test_fp32_losses_of_every_stage_and_offload_agree(curves, zero):
-    if zero == "zero3_nvme" and no_libaio():
-        pytest.skip(no_libaio())
+def test_fp32_losses_of_every_stage_and_offload_agree(curves, zero, request):
+    if zero == "zero3_nvme":
+        request.getfixturevalue("async_io")
     a, b = curves[f"fp32/{zero}"], curves["fp32/zero0"]
     assert len(a) == STEPS
     assert largest_difference(a, b, 0) < 1e-5
@@ -151,10 +141,10 @@ def test_fp32_losses_of_every_stage_and_offload_agree(curves, zero):
 
 
 @pytest.mark.parametrize("zero", BF16_CELLS)
-def test_bf16_losses_of_every_stage_and_offload_agree(curves, zero):
+def test_bf16_losses_of_every_stage_and_offload_agree(curves, zero, request):
     # A bf16 weight is rounded by 2^-9 = 2e-3; docs/deepspeed.md has the figure found, 1e-5.
-    if zero == "zero3_nvme" and no_libaio():
-        pytest.skip(no_libaio())
+    if zero == "zero3_nvme":
+        request.getfixturevalue("async_io")
     a, b = curves[f"bf16/{zero}"], curves["bf16/zero1"]
     assert largest_difference(a, b, 0) < 1e-4
     assert largest_difference(a, b, 1) < 1e-3

@@ -153,3 +153,22 @@ def test_prebuild_compiles_loads_again_and_mends_a_cut_library(tmp_path):
     assert mended.returncode == 0, mended.stderr
     assert "stale build lock" in mended.stderr and "cut off" in mended.stderr
     assert len(library.read_bytes()) == len(whole)
+
+
+def test_without_libaio_the_op_is_left_out_and_nvme_refused_with_what_to_install(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
+
+    from megagpt.operations.prebuild import async_io_problem, prebuild
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    assert "apt-get install libaio-dev" in async_io_problem()
+    lines = []
+    monkeypatch.setattr(
+        "megagpt.operations.prebuild._load", lambda name, title, report: lines.append(title)
+    )
+    assert get_accelerator().device_name() == "cpu"
+    prebuild(report=lines.append)
+    assert "AsyncIOBuilder is left out" in lines[0] and "libaio-dev" in lines[0]
+    assert lines[1].startswith("op 1/3 ")
+    assert not any("AsyncIO" in line for line in lines[1:])

@@ -45,6 +45,13 @@ def write(path, content):
     return str(path)
 
 
+def without_manifest(tmp_path, data):
+    """The pair as Megatron would have made it."""
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"plain{suffix}").write_bytes(Path(f"{data}{suffix}").read_bytes())
+    return tmp_path / "plain"
+
+
 def cases(tmp_path, data):
     """Name -> (arguments, words that the one line must hold)."""
     base = ["--data.path", str(data), "--output_dir", str(tmp_path / "run")]
@@ -95,6 +102,15 @@ def cases(tmp_path, data):
             [*base[:2], *zero3, "--output_dir", "/dev/null/run"],
             ["/dev/null/run", "--output_dir"],
         ),
+        "ranks that the degrees do not divide": (
+            [*base, *zero3, "--parallel.tensor_parallel_size", "2"],
+            ["world size 1", "tensor_parallel_size=2", "multiple"],
+        ),
+        "masking without a manifest": (
+            [*base[2:], *zero1, "--data.path", str(without_manifest(tmp_path, data))]
+            + ["--data.document_masking", "true", "--model.vocab_size", "257"],
+            ["data.document_masking=true", "manifest", "tools/preprocess_data.py"],
+        ),
         "no data named": (
             ["--preset", "gpt2-124m", *zero3],
             ["--data.path", "make demo"],
@@ -107,6 +123,7 @@ CASES = [
     "unknown key in YAML", "unknown flag", "unknown key in JSON",
     "batch that does not multiply out", "fp16 on CPU", "bf16 with ZeRO-0",
     "resume from an empty folder", "unwritable output", "no data named",
+    "ranks that the degrees do not divide", "masking without a manifest",
 ]  # fmt: skip
 
 
