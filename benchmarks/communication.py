@@ -20,7 +20,6 @@ from collective_counter import Call, CollectiveCounter, count_dispatched
 from runs import (
     LARGEST_ERROR,
     Case,
-    EnoughSteps,
     is_within,
     markdown_table,
     parse_options,
@@ -95,22 +94,22 @@ def _count_case(rank: int, case: Case, data: Path, output_dir: Path) -> tuple[li
     dispatched: Counter
     profiler = ExitStack()
 
-    def on_start(trainer: Any, _: Any) -> None:
-        nonlocal counter
-        counter = CollectiveCounter(lambda group: _axis_of(group, trainer.groups))
-
-    def on_step(step: int) -> None:
+    def on_step(trainer: Any) -> bool:
         # A step begins with the logging of the one before, and is as long as any other.
-        nonlocal dispatched
+        nonlocal counter, dispatched
+        step = trainer.state.step
+        if step == 1:
+            counter = CollectiveCounter(lambda group: _axis_of(group, trainer.groups))
         if step in (3, 4):
             steps.append(counter.stop())
         if step == 4:
             profiler.close()
-            raise EnoughSteps
+            return True
         if step == 3:
             dispatched = profiler.enter_context(count_dispatched())
         if step in (2, 3):
             counter.start()
+        return False
 
     train(
         case,
@@ -118,7 +117,6 @@ def _count_case(rank: int, case: Case, data: Path, output_dir: Path) -> tuple[li
         rank=rank,
         data=data,
         output_dir=output_dir,
-        on_start=on_start,
         on_step=on_step,
     )
     assert Counter(steps[0]) == Counter(steps[1]), f"{case.name}: two steps differ"

@@ -25,7 +25,6 @@ from holding import CAUSES, UNDER_WAY, Term, most_under_way_bytes, predict
 from runs import (
     LARGEST_ERROR,
     Case,
-    EnoughSteps,
     is_within,
     markdown_table,
     parse_options,
@@ -95,25 +94,22 @@ def _measure_case(rank: int, case: Case, data: Path, output_dir: Path) -> list[C
     # Engines of earlier cases do not die. Held here, so that no new storage takes their address.
     before = list(_live_tensors())
     known = {_address(tensor) for tensor in before}
-    is_measured = False
 
-    def on_start(_: Any, engine: Any) -> None:
-        def measured_before(function: Any) -> Any:
-            def measure_and_call(*arguments: Any, **options: Any) -> Any:
-                if is_measured and engine.is_gradient_accumulation_boundary():
-                    moments.append(_bytes_by_kind(engine, known))
-                return function(*arguments, **options)
+    def on_step(trainer: Any) -> bool:
+        if trainer.state.step == 2:
+            engine = trainer.engine
 
-            return measure_and_call
+            def measured_before(function: Any) -> Any:
+                def measure_and_call(*arguments: Any, **options: Any) -> Any:
+                    if engine.is_gradient_accumulation_boundary():
+                        moments.append(_bytes_by_kind(engine, known))
+                    return function(*arguments, **options)
 
-        engine.allreduce_gradients = measured_before(engine.allreduce_gradients)
-        engine.optimizer.step = measured_before(engine.optimizer.step)
+                return measure_and_call
 
-    def on_step(step: int) -> None:
-        nonlocal is_measured
-        is_measured = step == 2
-        if step == 3:
-            raise EnoughSteps
+            engine.allreduce_gradients = measured_before(engine.allreduce_gradients)
+            engine.optimizer.step = measured_before(engine.optimizer.step)
+        return trainer.state.step == 3
 
     train(
         case,
@@ -121,7 +117,6 @@ def _measure_case(rank: int, case: Case, data: Path, output_dir: Path) -> list[C
         rank=rank,
         data=data,
         output_dir=output_dir,
-        on_start=on_start,
         on_step=on_step,
     )
     assert len(moments) == 2, f"{case.name}: {len(moments)} moments"

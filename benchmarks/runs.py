@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 from megagpt.config.command_line import parse_config
 from megagpt.config.layout import Layout
 from megagpt.config.schema import Config
+from megagpt.testing.corpus import byte_corpus
 from megagpt.testing.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,10 +67,6 @@ class Case:
         return values
 
 
-class EnoughSteps(Exception):
-    """Raised by a step's callback to end a run without evaluation and checkpoint."""
-
-
 def train(
     case: Case,
     arguments: list[str],
@@ -79,10 +74,9 @@ def train(
     rank: int,
     data: Path,
     output_dir: Path,
-    on_start: Callable,
-    on_step: Callable,
+    on_step: Callable[[Any], bool | None],
 ) -> None:
-    """Trains a case until `on_step` raises EnoughSteps.
+    """Trains a case until `on_step` returns True.
 
     Args:
         case: What to train.
@@ -90,47 +84,23 @@ def train(
         rank: Of this process.
         data: Prefix of the training data.
         output_dir: For what the trainer writes.
-        on_start: Called with (trainer, engine) before the first step.
-        on_step: Called with the number of each step after it.
+        on_step: Called with the trainer after each step.
     """
-    # DeepSpeed prints, and its logger keeps the stdout of its import; stdout is for the tables.
-    with contextlib.redirect_stdout(sys.stderr):
-        _train(case, arguments, rank, data, output_dir, on_start, on_step)
-
-
-def _train(
-    case: Case,
-    arguments: list[str],
-    rank: int,
-    data: Path,
-    output_dir: Path,
-    on_start: Callable,
-    on_step: Callable,
-) -> None:
-    from megagpt.training import trainer as module
+    from megagpt.training.trainer import Trainer, World
 
     config, sources = _config(case, [*arguments, "--data.path", str(data)], output_dir)
-    trainer = module.Trainer(
-        config,
-        case.ds_config(),
-        ds_config_path=case.name,
-        sources=sources,
-        world=module.World(rank, Layout.parse(case.layout).world_size),
-        device="cpu",
-    )
-    build_engine = module.build_engine
-
-    def build_and_tell(*positional: Any) -> Any:
-        engine = build_engine(*positional)
-        on_start(trainer, engine)
-        return engine
-
-    with patch.object(module, "build_engine", build_and_tell):
-        try:
-            trainer.run(on_step=lambda _: on_step(trainer.state.step))
-        except EnoughSteps:
-            return
-    raise AssertionError("training ended before enough steps were seen")
+    # DeepSpeed prints, and its logger keeps the stdout of its import; stdout is for the tables.
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer = Trainer(
+            config,
+            case.ds_config(),
+            ds_config_path=case.name,
+            sources=sources,
+            world=World(rank, Layout.parse(case.layout).world_size),
+            device="cpu",
+        )
+        summary = trainer.run(lambda _: on_step(trainer))
+    assert not summary, "training ended before enough steps were seen"
 
 
 def resolved_config(case: Case, arguments: list[str]) -> Config:
@@ -166,7 +136,8 @@ def run_cases(function: Callable, cases: list[Case], *, timeout_seconds: float) 
     outcomes: dict[Case, list] = {}
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        data = _prepare_data(root)
+        # This repository's licence, as one document.
+        data = byte_corpus(root, [(ROOT / "LICENSE").read_text() * 40])
         for world_size in sorted({Layout.parse(case.layout).world_size for case in cases}):
             chosen = [c for c in cases if Layout.parse(c.layout).world_size == world_size]
             by_rank = run_distributed(
@@ -175,19 +146,6 @@ def run_cases(function: Callable, cases: list[Case], *, timeout_seconds: float) 
             for number, case in enumerate(chosen):
                 outcomes[case] = [outcome[number] for outcome in by_rank]
     return [outcomes[case] for case in cases]
-
-
-def _prepare_data(directory: Path) -> Path:
-    """This repository's licence as bytes, through the real tool; returns the prefix."""
-    source = directory / "text.jsonl"
-    source.write_text(json.dumps({"text": (ROOT / "LICENSE").read_text() * 40}) + "\n")
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(source)]
-        + ["--output_prefix", str(directory / "text"), "--tokenizer", "byte"],
-        check=True,
-        capture_output=True,
-    )
-    return directory / "text"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

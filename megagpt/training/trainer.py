@@ -205,7 +205,9 @@ class Trainer:
             has_position_ids=config.data.document_masking,
         )
         num_parameters = count_parameters(config.model)
-        engine = build_engine(model, config.optimizer, self.resolved.values, self.groups)
+        engine = self.engine = build_engine(
+            model, config.optimizer, self.resolved.values, self.groups
+        )
         if self.load_directory is not None:
             load_checkpoint(engine, self.load_directory)
             logger.info(f"resumed from {self.load_directory} at step {self.state.step}")

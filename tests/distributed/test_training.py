@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.operations.prebuild import async_io_problem
+from megagpt.testing.corpus import byte_corpus
 from megagpt.testing.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,19 +42,10 @@ RESUME_CELLS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Real text (this repository's licence and docs) through the real tool, as bytes."""
-    directory = tmp_path_factory.mktemp("data")
+    """Real text (this repository's licence) through the real tool, as bytes."""
     words = (ROOT / "LICENSE").read_text().split()
-    documents = [" ".join(words[i : i + 60]) for i in range(0, len(words), 4)]
-    source = directory / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(source)]
-        + ["--output_prefix", str(directory / "text"), "--tokenizer", "byte"],
-        check=True,
-        capture_output=True,
-    )
-    return directory / "text"
+    documents = (" ".join(words[i : i + 60]) for i in range(0, len(words), 4))
+    return byte_corpus(tmp_path_factory.mktemp("data"), documents)
 
 
 def train(

@@ -7,23 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.testing.corpus import byte_corpus
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The flags of a tiny run on this repository's licence, as bytes."""
-    directory = tmp_path_factory.mktemp("data")
-    (directory / "text.txt").write_text((ROOT / "LICENSE").read_text())
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools/preprocess_data.py")]
-        + ["--input", str(directory / "text.txt"), "--tokenizer", "byte"]
-        + ["--output_prefix", str(directory / "text")],
-        check=True,
-        capture_output=True,
-    )
+    data = byte_corpus(tmp_path_factory.mktemp("data"), [(ROOT / "LICENSE").read_text()])
     return [
-        *("--data.path", str(directory / "text"), "--data.split", "1,0,0"),
+        *("--data.path", str(data), "--data.split", "1,0,0"),
         *"--model.num_layers 2 --model.hidden_size 32 --model.num_attention_heads 4".split(),
         *"--model.seq_length 32 --batch.micro_batch_size 1 --batch.global_batch_size 4".split(),
         *"--training.precision fp32 --training.train_steps 5".split(),

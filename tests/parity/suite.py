@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from cells import CELLS, TOLERANCES, Cell
 from megagpt.config.command_line import parse_config
 from megagpt.config.layout import Layout
 from megagpt.operations.prebuild import async_io_problem
+from megagpt.testing.corpus import byte_corpus
 from megagpt.testing.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,19 +30,12 @@ NOISE = ("attention.key.bias",)
 
 
 def prepare_data(directory: Path) -> Path:
-    """Real text (this repository's licence) through the real tool, as bytes; returns the prefix."""
+    """This repository's licence as bytes; returns the prefix."""
     words = (ROOT / "LICENSE").read_text().split()
     # Of many lengths, so that ends of documents fall everywhere, and differ between micro-batches.
-    documents = [" ".join(words[i : i + 3 + i % 23]) for i in range(0, len(words), 2)]
-    source = directory / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(source)]
-        + ["--output_prefix", str(directory / "text"), "--tokenizer", "byte"],
-        check=True,
-        capture_output=True,
+    return byte_corpus(
+        directory, (" ".join(words[i : i + 3 + i % 23]) for i in range(0, len(words), 2))
     )
-    return directory / "text"
 
 
 def arguments(cell: Cell, data: Path, output_dir: Path) -> list[str]:
