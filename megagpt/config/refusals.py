@@ -138,6 +138,13 @@ def _pipeline_overlap(facts: Facts) -> str | None:
     return f"zero_optimization.overlap_comm=true with pipeline_parallel_size={facts.pp}"
 
 
+def _pipeline_timers(facts: Facts) -> str | None:
+    values = facts.ds_config
+    if facts.pp == 1 or not values.get("wall_clock_breakdown") or values.get("steps_per_print"):
+        return None
+    return f"wall_clock_breakdown=true with pipeline_parallel_size={facts.pp}"
+
+
 def _bubble(facts: Facts) -> str | None:
     batch, dp = facts.config.batch, facts.world_size // (facts.tp * facts.pp)
     if facts.pp == 1 or dp == 0 or batch.global_batch_size % (batch.micro_batch_size * dp):
@@ -253,6 +260,12 @@ RULES: tuple[Rule, ...] = (
         _pipeline_overlap,
     ),
     Rule(
+        "pipeline with wall_clock_breakdown and no steps_per_print",
+        "DeepSpeed's pipeline prints its timers every steps_per_print steps, and fails without",
+        "give steps_per_print too, or remove it",
+        _pipeline_timers,
+    ),
+    Rule(
         "fewer micro-batches than pipeline stages",
         "stages stand idle for (stages - 1) / (micro-batches + stages - 1) of the step",
         "raise --batch.global_batch_size or lower --batch.micro_batch_size",
@@ -267,7 +280,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "fp16 on the CPU",
-        "DeepSpeed refuses the type there",
+        "most CPUs have no fp16 arithmetic, and no parity cell proves it on the others",
         "set --training.precision bf16 or fp32",
         _fp16,
     ),

@@ -150,6 +150,27 @@ def zero0_bf16_refusal():
     return "nothing: it trains"
 
 
+def tied_marks():
+    """Whether the last stage's copy of a tied module marks its other parameter as a copy too."""
+    import contextlib
+    import io
+
+    from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
+
+    specs = [TiedLayerSpec("key", torch.nn.Linear, 4, 4) for _ in range(2)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = PipelineModule(layers=specs, num_stages=2, partition_method="uniform")
+    return model.tied_modules["key"].bias.ds_pipe_replicated
+
+
+def global_mpu():
+    """The mpu that DeepSpeed remembers after an engine that was handed none."""
+    from deepspeed.utils import groups
+
+    zero0(bf16=False)
+    return type(groups.mpu).__name__
+
+
 def cells(rank, world_size, folder):
     found = {"unknown world": unknown_world()}
     found["zero0 norm"] = zero0(bf16=False)
@@ -158,6 +179,8 @@ def cells(rank, world_size, folder):
     found["tied, ours"] = pipeline_norm(world_size, mended=True)
     found["loss_fn"] = loss_fn_weight_gradient(bf16=True)
     found["loss_fn, fp32"] = loss_fn_weight_gradient(bf16=False)
+    found["tied marks"] = tied_marks()
+    found["global mpu"] = global_mpu()
     if async_io_problem() is None:
         found["nvme"] = nvme_swapper(folder)
     return found
@@ -188,6 +211,22 @@ def test_tied_gradients_are_not_summed_under_offload(found):
 def test_the_gradient_of_a_weight_in_loss_fn_is_lost_under_bf16_and_only_there(found):
     assert found["loss_fn"] == 0.0
     assert found["loss_fn, fp32"] > 0.1
+
+
+def test_a_tied_module_is_marked_as_a_copy_as_a_whole(found):
+    # Only `weight` is tied; the norm would leave `bias` out.
+    assert found["tied marks"] is True
+
+
+def test_the_last_mpu_stays_in_a_global(found):
+    assert found["global mpu"] == "PipelineParallelGrid"
+
+
+def test_activations_of_a_pipeline_are_cut_over_tp_by_default():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    pipeline = DeepSpeedConfig({"train_batch_size": 1}).pipeline
+    assert pipeline["pipe_partitioned"] and pipeline["grad_partitioned"]
 
 
 def test_the_nvme_swapper_stands_in_with_float16(found, async_io):

@@ -19,7 +19,7 @@ from megagpt.config.schema import (
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def facts(world_size=8, device="cpu", precision="fp32", zero=None, micro=1, **settings):
+def facts(world_size=8, device="cpu", precision="fp32", zero=None, micro=1, json=(), **settings):
     model = {k: v for k, v in settings.items() if k in ModelConfig.__dataclass_fields__}
     parallel = {k: v for k, v in settings.items() if k in ParallelConfig.__dataclass_fields__}
     config = Config(
@@ -28,7 +28,8 @@ def facts(world_size=8, device="cpu", precision="fp32", zero=None, micro=1, **se
         batch=BatchConfig(micro_batch_size=micro, global_batch_size=32),
         training=TrainingConfig(precision=precision),
     )
-    return Facts(config, {"zero_optimization": zero or {"stage": 1}}, world_size, device)
+    values = {"zero_optimization": zero or {"stage": 1}, **dict(json)}
+    return Facts(config, values, world_size, device)
 
 
 TP, PP = "tensor_parallel_size", "pipeline_parallel_size"
@@ -52,6 +53,10 @@ EXAMPLES = {
     "overlap_comm": (
         facts(zero={"stage": 1, "overlap_comm": True}, **{PP: 2}),
         ["overlap_comm=true"],
+    ),
+    "wall_clock_breakdown": (
+        facts(json={"wall_clock_breakdown": True}, **{PP: 2}),
+        ["wall_clock_breakdown=true", "steps_per_print"],
     ),
     "fewer micro-batches": (facts(micro=8, **{PP: 4}), ["2 micro-batches", "global_batch_size"]),
     "bf16 or fp16": (facts(precision="bf16", zero={"stage": 0}), ["bf16", "set stage 1"]),
