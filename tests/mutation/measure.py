@@ -94,7 +94,7 @@ def measure(cells: list[Cell], tree: Path, folder: Path, output: Path) -> list[d
 
 def is_finite(outcome: tuple) -> bool:
     """Whether every loss, norm and weight of a cell is a number."""
-    curve, validation, weights = outcome
+    curve, validation, weights, _ = outcome
     scalars = [validation, *(value for step in curve for value in step)]
     return all(map(math.isfinite, scalars)) and all(np.isfinite(w).all() for w in weights.values())
 

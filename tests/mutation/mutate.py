@@ -51,7 +51,7 @@ class Result:
     @property
     def killed_by(self) -> list[str]:
         """Cells that caught it: numbers out of tolerance, all of them finite."""
-        return [r["name"] for r in self.records if not r["ok"] and r["is_finite"] and self.reached]
+        return [r["name"] for r in self.records if differs(r) and r["is_finite"] and self.reached]
 
     @property
     def ok(self) -> bool:
@@ -93,6 +93,11 @@ class Result:
             return "no: not a number"
         alive = [name for name in self.mutation.cells if name not in self.killed_by]
         return f"no: survives {', '.join(alive)}"
+
+
+def differs(record: dict) -> bool:
+    """Whether a number is out of tolerance; copies that drift apart are no such number."""
+    return any(record[_MEASURES[key]] > limit for key, limit in record["tolerances"].items())
 
 
 def copy_tree(source: Path, target: Path) -> Path:

@@ -45,12 +45,13 @@ def check(cell, records, request):
         assert 0 < record["clipped_steps"] < suite.STEPS
 
 
-def test_a_run_that_is_not_a_number_anywhere_is_not_equal():
+def test_a_run_that_is_not_a_number_or_drifts_anywhere_is_not_equal():
     cell = CELLS[0]
     good = [(5.0, 1.0, 10)] * suite.STEPS
     weights = {"a": np.ones((2, 2)), "b": np.ones(3)}
     reference = (good, 5.0, weights)
-    assert suite.compare(cell, (good, 5.0, weights), reference)["ok"]
+    assert suite.compare(cell, (good, 5.0, weights, []), reference)["ok"]
+    assert not suite.compare(cell, (good, 5.0, weights, ["a"]), reference)["ok"]
     nan = float("nan")
     for curve, validation, changed in (
         ([*good[:-1], (nan, 1.0, 10)], 5.0, weights),
@@ -59,7 +60,7 @@ def test_a_run_that_is_not_a_number_anywhere_is_not_equal():
         (good, 5.0, weights | {"b": np.array([1.0, nan, 1.0])}),
         (good, 5.0, weights | {"a": np.ones((2, 2)) * 1.1}),
     ):
-        assert not suite.compare(cell, (curve, validation, changed), reference)["ok"]
+        assert not suite.compare(cell, (curve, validation, changed, []), reference)["ok"]
 
 
 def test_the_page_of_parity_lists_every_cell_with_its_tolerance():
