@@ -95,13 +95,13 @@ class GPTPipeline(PipelineModule):
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
     @property
-    def stage(self) -> GPTStage:
+    def stage_model(self) -> GPTStage:
         """This rank's stage."""
         return self.forward_funcs[0]
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of this rank's stage once, by its global name."""
-        return self.stage.canonical_parameters()
+        return self.stage_model.canonical_parameters()
 
     def scaled_loss(self, losses: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Summed loss of a micro-batch times its scale; the sum itself goes to `loss_sum`.
@@ -131,12 +131,12 @@ class GPTPipeline(PipelineModule):
                 group = dist.new_group(ranks)  # by every rank, in the same order
                 if self.global_rank in ranks:
                     holder = (
-                        self.stage.embedding.word
-                        if self.stage.stage.is_first
-                        else self.stage.lm_head
+                        self.stage_model.embedding.word
+                        if self.stage_model.stage.is_first
+                        else self.stage_model.lm_head
                     )
                     weight: Any = holder.weight
-                    weight.ds_pipe_replicated = self.stage.stage.is_last
+                    weight.ds_pipe_replicated = self.stage_model.stage.is_last
                     tied["embedding"] = {
                         "ranks": ranks,
                         "group": group,

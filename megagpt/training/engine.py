@@ -1,6 +1,7 @@
 """The only call of `deepspeed.initialize`, and what differs between its engines behind one face.
 
-What DeepSpeed 0.19.8 gets wrong is mended here and nowhere else; docs/deepspeed.md lists it.
+What DeepSpeed 0.19.8 gets wrong is mended in one place each: here, or where the model is built
+(`megagpt/model/zero3.py`, `pipeline.py`); docs/deepspeed.md lists it.
 Next file: `train_step.py`.
 """
 

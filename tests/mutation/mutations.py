@@ -175,7 +175,7 @@ NORM_AND_CLIPPING = (
         "tied weight counted twice",
         "The gradient norm counts a weight that the first and the last stage hold once.",
         "model/pipeline.py",
-        "weight.ds_pipe_replicated = self.stage.stage.is_last",
+        "weight.ds_pipe_replicated = self.stage_model.stage.is_last",
         "weight.ds_pipe_replicated = mark(False)",
         (PIPELINE, "pp2-zero1-full gpt2 fp32"),
     ),
