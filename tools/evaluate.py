@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from megagpt.config.command_line import run_command
-from megagpt.data.gpt_dataset import SPLITS
 from megagpt.data.manifest import write_json
 from megagpt.inference.evaluate import evaluate, read_split
 from megagpt.inference.load import load
@@ -19,7 +18,7 @@ def main(arguments: list[str]) -> int:
     """Parses the command line, evaluates, prints and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder or step_* folder")
-    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--split", default="test", help="train, valid, test or valid-NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
     parser.add_argument("--stride", type=int, help="tokens between windows; default seq_length / 2")
     parser.add_argument("--batch_size", type=int, default=8, help="windows in one forward pass")

@@ -1,4 +1,4 @@
-"""Compiles DeepSpeed's CPU ops, so that the first run does not wait for them."""
+"""Compiles DeepSpeed's CPU ops and the data pipeline's, so that the first run does not wait."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 
 from megagpt.config.command_line import run_command
+from megagpt.data.native import load_native
 from megagpt.operations.prebuild import prebuild
 
 
@@ -20,6 +21,7 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     prebuild()
+    load_native()  # says so where it cannot be compiled
     return 0
 
 

@@ -272,24 +272,31 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the tokens are: one pair split by documents, or one for each split."""
+    """Where the tokens are: pairs split by documents, or pairs for each split."""
 
-    path: str | None = None
-    """Prefix of one .bin/.idx pair, divided into train, validation and test by `split`."""
+    path: dict[str, float] | list[str] | str | None = None
+    """Prefix of a .bin/.idx pair, divided into train, validation and test by `split`; several as
+    {prefix: weight}, or as a list, weighted by size."""
     split: str = "969,30,1"
     """Shares of documents for train, validation and test; used with `path`."""
-    train_path: str | None = None
-    """Prefix of the training pair; used instead of `path`."""
-    valid_path: str | None = None
-    """Prefix of the validation pair, with train_path."""
-    test_path: str | None = None
-    """Prefix of the test pair, with train_path."""
+    train_path: dict[str, float] | list[str] | str | None = None
+    """Prefix of the training pair, or several as in `path`; used instead of `path`."""
+    valid_path: list[str] | str | None = None
+    """Prefix of the validation pair, or several that count as one, with train_path."""
+    test_path: list[str] | str | None = None
+    """Prefix of the test pair, or several that count as one, with train_path."""
+    valid_sets: dict[str, str] | None = None
+    """Further validation pairs as {name: prefix}, each with a loss of its own."""
+    order: Literal["epoch", "megatron"] = "epoch"
+    """Order of training: by (seed, epoch), whatever the length of the run; or Megatron-LM's."""
+    index_cache: str | None = None
+    """Folder of sample indices, of the node or shared; default: `index_cache` beside the pair."""
     document_masking: bool = False
     """Keep attention and positions within documents; ends are the manifest's eod tokens."""
     eod_mask_loss: bool = False
     """Leave out the loss of what follows an end of document, which nothing before it tells."""
     tokenizer_path: str | None = None
-    """SentencePiece model; default: the one named in the data's manifest."""
+    """SentencePiece model or tokenizer.json; default: the one named in the data's manifest."""
 
     def __post_init__(self) -> None:
         """Checks that exactly one way of naming the data is used."""
@@ -297,12 +304,29 @@ class DataConfig:
             raise ValueError(
                 f"data.path={self.path} and data.train_path/valid_path/test_path exclude each "
                 f"other; "
-                "name one pair to split, or one pair for each split"
+                "name pairs to split, or pairs for each split"
             )
         if (self.valid_path or self.test_path) and not self.train_path:
             raise ValueError(
                 f"data.valid_path={self.valid_path}, data.test_path={self.test_path} need "
                 "data.train_path; name the training pair too"
+            )
+        for name in ("path", "train_path", "valid_path", "test_path"):
+            paths = getattr(self, name)
+            if isinstance(paths, (dict, list)):
+                _require_blend(name, paths)
+
+
+def _require_blend(name: str, paths: dict[str, float] | list[str]) -> None:
+    if not paths:
+        raise ValueError(f"data.{name} names no pair; give at least one prefix")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"data.{name}={paths} names a pair twice; name each once")
+    for prefix, weight in paths.items() if isinstance(paths, dict) else ():
+        if not 0 < weight < float("inf"):
+            raise ValueError(
+                f"data.{name} gives {prefix} the weight {weight}; give each a positive number, or "
+                "leave the pair out"
             )
 
 

@@ -1,98 +1,195 @@
 """Input files to documents: JSON lines (one document a line) or plain text (one a file).
 
-Files are read in chunks, so that memory is bounded by the largest document; what is wrong in one
-is reported as `file:line`.
+Files are read line by line, so that memory is bounded by the largest document; .gz and .zst are
+unpacked on the way. What is wrong in a document is a `BadDocument` with its line.
 """
 
 from __future__ import annotations
 
-import hashlib
+import glob
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from megagpt.data.manifest import Source
+import zstandard
 
-CHUNK_BYTES = 1 << 20
+COMPRESSIONS = (".gz", ".zst")
+_READ_BYTES = 1 << 20
+_PACKED_BYTES = 1 << 16  # unpacked at once: text seldom packs to less than a hundredth
 _BOM = b"\xef\xbb\xbf"
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text", ".md": "text"}
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some documents of one file, still as bytes."""
+class Part:
+    """The documents of one file that begin in a range of its bytes."""
 
     path: str
     file_format: str
-    first_line: int
-    """Line number of lines[0], from 1."""
-    lines: list[bytes]
-    """Lines of JSON, or one whole text."""
-    num_bytes: int
+    """`jsonl` or `text`."""
+    begin: int
+    end: int
+    """A packed file is one part, from 0 to its packed size."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file must be unpacked to be read."""
+        return Path(self.path).suffix.lower() in COMPRESSIONS
+
+
+class BadDocument(ValueError):
+    """A document that cannot be encoded.
+
+    Attributes:
+        reason: One of a few, to be counted by.
+        line: Line in the part, from 1.
+    """
+
+    def __init__(self, reason: str, line: int, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.line = line
+
+
+def expand_inputs(patterns: Sequence[str | Path]) -> list[str]:
+    """Files of names and globs; those of a glob in the order of their names.
+
+    Raises:
+        ValueError: If there is none, a name or glob stands for no file, or a file comes twice.
+    """
+    paths: list[str] = []
+    for pattern in map(str, patterns):
+        is_glob = glob.has_magic(pattern) and not Path(pattern).exists()
+        found = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]
+        files = [path for path in found if Path(path).is_file()]
+        if not files:
+            raise ValueError(f"input {pattern} is not a file; name existing JSONL or text files")
+        paths += files
+    if not paths:
+        raise ValueError("no input is named; give at least one JSONL or text file")
+    seen: set[str] = set()
+    for path in paths:
+        if path in seen:
+            raise ValueError(f"input {path} is named twice; name each file once")
+        seen.add(path)
+    return paths
 
 
 def resolve_format(path: str | Path, file_format: str) -> str:
     """`jsonl` or `text` for a file, by its suffix under `auto`.
 
     Raises:
-        ValueError: If the file is missing or the suffix says neither.
+        ValueError: If the suffix says neither.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"input {path} is not a file; name existing JSONL or text files")
-    suffix = Path(path).suffix.lower()
-    if suffix in (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet"):
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else "none"
+    if suffix in (".bz2", ".xz", ".zip", ".tar", ".parquet"):
         raise ValueError(
-            f"input {path} is {suffix[1:]}, which is not read; unpack it to .jsonl or .txt"
+            f"input {path} is {suffix[1:]}, which is not read; make it .jsonl or .txt, plain or "
+            "packed as .gz or .zst"
         )
     if file_format != "auto":
         return file_format
     if suffix not in _FORMATS:
         raise ValueError(
-            f"input {path} has suffix {suffix or 'none'}, known are {', '.join(_FORMATS)}; "
+            f"input {path} has suffix {suffix}, known are {', '.join(_FORMATS)}; "
             "give --format jsonl or --format text"
         )
     return _FORMATS[suffix]
 
 
-def read_chunks(path: str | Path, file_format: str, sources: list[Source]) -> Iterator[Chunk]:
-    """Chunks of about CHUNK_BYTES or one document; at the end the file's hash joins sources."""
-    digest = hashlib.sha256()
-    total = 0
-    with Path(path).open("rb") as file:
-        if file_format == "text":
-            content = file.read()
-            digest.update(content)
-            total = len(content)
-            yield Chunk(str(path), file_format, 1, [content.removeprefix(_BOM)], total)
-        else:
-            lines: list[bytes] = []
-            size, first_line = 0, 1
-            for line in file:
-                digest.update(line)
-                total += len(line)
-                size += len(line)
-                lines.append(line.removeprefix(_BOM) if total == len(line) else line)
-                if size >= CHUNK_BYTES:
-                    yield Chunk(str(path), file_format, first_line, lines, size)
-                    first_line += len(lines)
-                    lines, size = [], 0
-            if lines:
-                yield Chunk(str(path), file_format, first_line, lines, size)
-    sources.append(Source(str(path), total, digest.hexdigest()))
+def split_file(path: str, file_format: str, part_bytes: int) -> list[Part]:
+    """A file as parts that can be read apart: ranges of a JSONL file, else the whole file."""
+    size = Path(path).stat().st_size
+    whole = Part(path, file_format, 0, size)
+    if file_format == "text" or whole.is_packed:
+        return [whole]
+    begins = range(0, max(size, 1), part_bytes)
+    return [Part(path, file_format, b, min(b + part_bytes, size)) for b in begins]
 
 
-def chunk_documents(chunk: Chunk, json_key: str) -> Iterator[str]:
-    """Documents of a chunk, in order; one without text is an empty string.
+def read_records(part: Part) -> Iterator[bytes]:
+    """The lines (of JSONL) or the text of a part, as bytes, without a byte order mark.
 
     Raises:
-        ValueError: For invalid UTF-8 or JSON, or a missing key, with `file:line`.
+        ValueError: If a packed file is damaged.
     """
-    for number, raw in enumerate(chunk.lines, start=chunk.first_line):
-        if chunk.file_format == "jsonl":
-            yield _json_text(raw, json_key, f"{chunk.path}:{number}")
-        else:
-            yield _decode(raw, chunk.path)
+    with _open(part) as file:
+        if part.file_format == "text":
+            yield file.read().removeprefix(_BOM)
+            return
+        if part.begin:
+            # A line belongs to the part that its first byte is in.
+            file.seek(part.begin - 1)
+            file.readline()
+        position = file.tell() if not part.is_packed else 0
+        is_first = position == 0
+        for line in file:
+            if not part.is_packed:
+                if position >= part.end:
+                    break
+                position += len(line)
+            yield line.removeprefix(_BOM) if is_first else line
+            is_first = False
+
+
+def record_text(record: bytes, part: Part, json_key: str, line: int) -> str:
+    """The text of a record; empty where there is none.
+
+    Raises:
+        BadDocument: For invalid UTF-8 or JSON, or a missing key.
+    """
+    if part.file_format == "text":
+        return _decode(record, 0)
+    if not record.strip():
+        return ""
+    try:
+        value = json.loads(_decode(record, line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        detail = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise BadDocument(
+            "invalid JSON",
+            line,
+            f"invalid JSON ({detail}); each line must be a JSON object, mend or remove it",
+        ) from error
+    if not isinstance(value, dict):
+        raise BadDocument(
+            "no JSON object",
+            line,
+            f"{type(value).__name__} instead of a JSON object; write "
+            f'{{"{json_key}": ...}} on each line',
+        )
+    if json_key not in value:
+        keys = ", ".join(sorted(value)) or "none"
+        raise BadDocument(
+            f'no key "{json_key}"',
+            line,
+            f'no key "{json_key}" (keys: {keys}); name the text with --json_key',
+        )
+    text = value[json_key]
+    if not isinstance(text, str):
+        raise BadDocument(
+            "no string",
+            line,
+            f'key "{json_key}" is {type(text).__name__}, must be a string; mend it or name '
+            "another --json_key",
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadDocument(
+            "lone surrogate",
+            line,
+            f"a lone surrogate at character {error.start} is not Unicode; mend the line",
+        ) from error
+    return text
 
 
 def read_documents(
@@ -101,54 +198,105 @@ def read_documents(
     """All documents of files, those without text left out.
 
     Raises:
-        ValueError: For what is wrong in a file.
+        ValueError: For what is wrong in a file, with `file:line`.
     """
-    for path in paths:
-        for chunk in read_chunks(path, resolve_format(path, file_format), []):
-            yield from (text for text in chunk_documents(chunk, json_key) if text.strip())
+    for path in expand_inputs(paths):
+        part = Part(path, resolve_format(path, file_format), 0, Path(path).stat().st_size)
+        for line, record in enumerate(read_records(part), 1):
+            try:
+                text = record_text(record, part, json_key, line)
+            except BadDocument as error:
+                raise ValueError(f"{path}:{error.line}: {error}") from error
+            if text and not text.isspace():
+                yield text
 
 
-def _json_text(raw: bytes, key: str, place: str) -> str:
-    if not raw.strip():
-        return ""
-    line = _decode(raw, place)
+def _decode(record: bytes, line: int) -> str:
+    """Text of bytes; line 0 stands for a file of many lines."""
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise ValueError(
-            f"{place}: invalid JSON ({reason}); each line must be a JSON object, mend or remove it"
-        ) from error
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{place}: {type(record).__name__} instead of a JSON object; write "
-            f'{{"{key}": ...}} on each line'
-        )
-    if key not in record:
-        keys = ", ".join(sorted(record)) or "none"
-        raise ValueError(f'{place}: no key "{key}" (keys: {keys}); name the text with --json_key')
-    text = record[key]
-    if not isinstance(text, str):
-        raise ValueError(
-            f'{place}: key "{key}" is {type(text).__name__}, must be a string; mend it or name '
-            "another --json_key"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place}: a lone surrogate at character {error.start} is not Unicode; mend the line"
-        ) from error
-    return text
-
-
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode()
+        return record.decode()
     except UnicodeDecodeError as error:
-        if ":" not in place.rsplit("/", 1)[-1]:
-            line = raw.count(b"\n", 0, error.start) + 1
-            place = f"{place}:{line}"
-        raise ValueError(
-            f"{place}: invalid UTF-8 (byte 0x{raw[error.start]:02x}); convert the file to UTF-8"
+        raise BadDocument(
+            "invalid UTF-8",
+            line or record.count(b"\n", 0, error.start) + 1,
+            f"invalid UTF-8 (byte 0x{record[error.start]:02x}); convert the file to UTF-8",
         ) from error
+
+
+def _open(part: Part) -> IO[bytes]:
+    suffix = Path(part.path).suffix.lower()
+    file = open(part.path, "rb")  # noqa: SIM115 - closed with what wraps it
+    if suffix == ".gz":
+        return io.BufferedReader(_Gzip(file, part.path), _READ_BYTES)
+    if suffix == ".zst":
+        return io.BufferedReader(_Zstandard(file, part.path), _READ_BYTES)
+    return file
+
+
+class _Unpacked(io.RawIOBase):
+    """Bytes of a packed file; what is wrong in it is a ValueError with its name."""
+
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        self._file = file
+        self._path = path
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer) -> int:
+        while not self._content:
+            try:
+                content = self._unpack()
+            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+                raise ValueError(
+                    f"input {self._path} is cut off or damaged ({error}); fetch or pack it again"
+                ) from error
+            if content is None:
+                return 0
+            self._content = memoryview(content)
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    def _unpack(self) -> bytes | None:
+        """Some more bytes, which may be none; None at the end."""
+        raise NotImplementedError
+
+
+class _Gzip(_Unpacked):
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        super().__init__(file, path)
+        self._gzip = gzip.GzipFile(fileobj=file)
+
+    def _unpack(self) -> bytes | None:
+        return self._gzip.read1(_READ_BYTES) or None
+
+
+class _Zstandard(_Unpacked):
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        super().__init__(file, path)
+        self._packed = b""
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+
+    def _unpack(self) -> bytes | None:
+        if not self._packed:
+            self._packed = self._file.read(_PACKED_BYTES)
+            if not self._packed:
+                # zstandard itself takes a cut frame for a short one.
+                if self._frame is not None:
+                    raise EOFError("it ends inside a frame")
+                return None
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        content = self._frame.decompress(self._packed)
+        self._packed = b""
+        if self._frame.eof:
+            self._packed = self._frame.unused_data
+            self._frame = None
+        return content

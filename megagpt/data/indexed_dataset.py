@@ -11,11 +11,14 @@ document_indices int64[D], where document d is sequences document_indices[d : d 
 
 from __future__ import annotations
 
-import array
 import fcntl
+import hashlib
 import os
+import shutil
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -38,11 +41,19 @@ _DTYPES: dict[int, np.dtype] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 _LARGEST_UINT16_VOCABULARY = 65_499
+CHECKSUM_BLOCK_BYTES = 64 << 20
+"""Bytes of .bin to each checksum of a manifest."""
+_READ_ITEMS = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """Megatron's type for tokens of such a vocabulary: uint16 below 65,500, else int32."""
     return np.dtype("<u2") if vocab_size <= _LARGEST_UINT16_VOCABULARY else np.dtype("<i4")
+
+
+def dtype_code(dtype: np.dtype) -> int:
+    """MMIDIDX's code of a stored type."""
+    return _CODES[dtype]
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -59,7 +70,7 @@ class IndexedDataset:
     """A read-only, memory-mapped pair of .bin and .idx.
 
     Opening reads the header and the last entries only; both files stay on disk until tokens are
-    asked for.
+    asked for. `require_sound` reads the whole index, `verify.py` the tokens too.
 
     Attributes:
         prefix: Path of the pair without its suffix.
@@ -141,6 +152,10 @@ class IndexedDataset:
             if tokens_bytes  # an empty file cannot be mapped
             else np.empty(0, dtype=self.dtype)
         )
+        # For the compiled reader; the arrays above keep the memory.
+        self.tokens_address: int = self.tokens.ctypes.data
+        self.lengths_address: int = self.sequence_lengths.ctypes.data
+        self.pointers_address: int = self.sequence_pointers.ctypes.data
 
     def __len__(self) -> int:
         """Number of sequences, as in Megatron."""
@@ -161,45 +176,101 @@ class IndexedDataset:
         parts = [self[sequence] for sequence in range(first, last)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
+    def sequence_bounds(self, first_document: int, last_document: int) -> tuple[int, int]:
+        """First and last sequence (exclusive) of a range of documents."""
+        bounds = self.document_indices[[first_document, last_document]]
+        return int(bounds[0]), int(bounds[1])
+
+    def num_tokens_between(self, first_sequence: int, last_sequence: int) -> int:
+        """Tokens of a range of sequences, which lie back to back; the last is exclusive."""
+        pointers = [
+            int(self.sequence_pointers[sequence])
+            if sequence < self.num_sequences
+            else self.num_tokens * self.dtype.itemsize
+            for sequence in (first_sequence, last_sequence)
+        ]
+        return (pointers[1] - pointers[0]) // self.dtype.itemsize
+
     def document_offsets(self) -> np.ndarray:
         """Where each document begins, in tokens: [num_documents + 1], int64, ending in num_tokens.
+
+        Raises:
+            ValueError: If the index is damaged.
+        """
+        self.require_sound()
+        ends = np.array([self.num_tokens * self.dtype.itemsize])
+        pointers = np.concatenate([self.sequence_pointers, ends])
+        return pointers[self.document_indices] // self.dtype.itemsize
+
+    def require_sound(self, documents: range | None = None) -> None:
+        """Reads the index of a range of documents; default: all of it.
 
         Raises:
             ValueError: If sequences do not lie back to back or documents overlap, which means that
                 the index is damaged.
         """
-        # int64 throughout: lengths are int32 in the file and their sum passes 2**31.
-        starts = np.zeros(self.num_sequences + 1, dtype=np.int64)
-        np.cumsum(self.sequence_lengths, dtype=np.int64, out=starts[1:])
-        if (
-            np.any(self.sequence_pointers != starts[:-1] * self.dtype.itemsize)
-            or np.any(self.sequence_lengths < 0)
-            or np.any(np.diff(self.document_indices) < 0)
-        ):
+        documents = documents if documents is not None else range(self.num_documents)
+        bounds = self.document_indices[documents.start : documents.stop + 1]
+        first, last = int(bounds[0]), int(bounds[-1])
+        sound = 0 <= first and last <= self.num_sequences and not np.any(bounds[1:] < bounds[:-1])
+        if sound and last > first:
+            lengths = self.sequence_lengths[first:last]
+            # int64: lengths are int32 in the file and their sum passes 2**31.
+            pointers = np.cumsum(lengths, dtype=np.int64)
+            pointers *= self.dtype.itemsize
+            pointers += self.sequence_pointers[first] if first else 0
+            following = self.sequence_pointers[first + 1 : last + 1]
+            sound = np.array_equal(following, pointers[: len(following)]) and lengths.min() >= 0
+        if not sound:
             raise ValueError(
                 f"{idx_path(self.prefix)} does not list its sequences back to back, so it is "
                 "damaged; make the pair again with tools/preprocess_data.py"
             )
-        return starts[self.document_indices]
+
+
+@dataclass(frozen=True)
+class WriterState:
+    """How far a writer is."""
+
+    num_tokens: int = 0
+    num_sequences: int = 0
+    num_documents: int = 0
+    largest_token: int = -1
+    crc32: int = 0
+    """Of the block of .bin that is not full yet."""
+    num_blocks: int = 0
+    """Full blocks."""
 
 
 class IndexedDatasetWriter:
     """Writes a pair: nothing appears under the final names before `finish`.
 
-    Tokens stream to `<prefix>.bin.tmp`; memory holds 12 bytes a document. `finish` removes a stale
-    .idx and manifest, renames .bin, then .idx, so that at no moment an old index describes new
-    tokens. As a context manager it finishes, or on an exception removes what it wrote.
+    All goes to the folder `<prefix>.partial` first, lengths too, so memory does not grow with the
+    corpus. `finish` removes a stale .idx and manifest, renames .bin, then .idx, so that at no
+    moment an old index describes new tokens. As a context manager it finishes, or on an exception
+    removes what it wrote.
+
+    Attributes:
+        prefix: Path of the pair without its suffix.
+        dtype: Stored type of a token.
+        directory: The folder of what is being written.
+        num_tokens: Tokens written so far.
+        num_documents: Documents written so far.
+        largest_token: Largest token so far; -1 before the first.
+        bin_crc32: CRC-32 of each full CHECKSUM_BLOCK_BYTES of .bin; after `finish`, of all.
+        idx_sha256: Hash of .idx, set by `finish`.
 
     Args:
         prefix: Path of the pair without its suffix; its folder is made.
         dtype: Stored type, see `token_dtype`.
+        resume: Leave what a killed writer left, to `rewind` to a state of it before adding more.
 
     Raises:
         ValueError: If dtype cannot be stored or another process writes the same pair.
         OSError: If the folder cannot be written.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+    def __init__(self, prefix: str | Path, dtype: np.dtype, *, resume: bool = False) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in _CODES:
@@ -207,32 +278,70 @@ class IndexedDatasetWriter:
                 f"dtype={self.dtype} cannot hold tokens in MMIDIDX; choose one of "
                 f"{', '.join(str(known) for known in _CODES)}"
             )
-        bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._tokens_temporary = Path(f"{bin_path(prefix)}.tmp")
-        self._index_temporary = Path(f"{idx_path(prefix)}.tmp")
-        self._file = self._tokens_temporary.open("ab")
+        self.directory = Path(f"{prefix}.partial")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.directory / "lock").open("w")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._file.close()
+            self._lock.close()
             raise ValueError(
-                f"{self._tokens_temporary} is being written by another process; wait for it or "
+                f"{self.directory} is being written by another process; wait for it or "
                 "choose another output prefix"
             ) from error
-        self._file.truncate(0)  # what a killed run left
-        self._lengths = array.array("i")
-        self._document_indices = array.array("q", [0])
+        self._tokens = (self.directory / "tokens").open("ab")
+        self._lengths = (self.directory / "lengths").open("ab")
+        self._counts = (self.directory / "counts").open("ab")
         self._open = True
+        if resume:
+            self._go_to(WriterState(), [])
+        else:
+            self.rewind(WriterState())
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens written so far."""
-        return self._file.tell() // self.dtype.itemsize
+    def state(self) -> WriterState:
+        """Where the writer is, to `rewind` to."""
+        return WriterState(
+            num_tokens=self.num_tokens,
+            num_sequences=self._num_sequences,
+            num_documents=self.num_documents,
+            largest_token=self.largest_token,
+            crc32=self._crc32,
+            num_blocks=len(self.bin_crc32),
+        )
 
-    @property
-    def num_documents(self) -> int:
-        """Documents written so far."""
-        return len(self._document_indices) - 1
+    def rewind(self, state: WriterState, bin_crc32: Sequence[int] = ()) -> None:
+        """Goes back to an earlier state of this or of a killed writer, whose files are here.
+
+        Args:
+            state: The earlier state.
+            bin_crc32: Checksums of its full blocks.
+
+        Raises:
+            ValueError: If less was written than it says.
+        """
+        self._go_to(state, list(bin_crc32))
+        for file, size in (
+            (self._tokens, state.num_tokens * self.dtype.itemsize),
+            (self._lengths, state.num_sequences * 4),
+            (self._counts, state.num_documents * 4),
+        ):
+            file.flush()
+            if os.fstat(file.fileno()).st_size < size:
+                raise ValueError(
+                    f"{file.name} is shorter than its journal says; remove {self.directory} and "
+                    "start again"
+                )
+            file.truncate(size)
+
+    def _go_to(self, state: WriterState, bin_crc32: list[int]) -> None:
+        assert len(bin_crc32) == state.num_blocks, "one checksum a full block"
+        self.num_tokens = state.num_tokens
+        self._num_sequences = state.num_sequences
+        self.num_documents = state.num_documents
+        self.largest_token = state.largest_token
+        self._crc32 = state.crc32
+        self.bin_crc32 = bin_crc32
 
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Appends one document of one sequence; without tokens, a document of none, as Megatron.
@@ -243,53 +352,110 @@ class IndexedDatasetWriter:
         Raises:
             ValueError: If a token does not fit the dtype.
         """
-        self.add_documents(encode_tokens(tokens, self.dtype), [len(tokens)])
+        encoded = np.frombuffer(encode_tokens(tokens, self.dtype), dtype=self.dtype)
+        self.add_documents(encoded, np.array([len(tokens)]))
 
-    def add_documents(self, encoded: bytes, lengths: Sequence[int]) -> None:
-        """Appends documents whose tokens are already bytes of the dtype.
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents of one sequence each.
 
         Args:
-            encoded: Their tokens back to back.
-            lengths: Tokens of each.
+            tokens: Their tokens back to back, of the dtype.
+            lengths: [d], tokens of each.
         """
-        assert sum(lengths) * self.dtype.itemsize == len(encoded), "lengths do not cover the bytes"
-        self._file.write(encoded)
-        for length in lengths:
-            if length:
-                self._lengths.append(length)
-            self._document_indices.append(len(self._lengths))
+        self.add_tokens(tokens)
+        self.add_lengths(lengths[lengths > 0], lengths > 0)
+
+    def add_tokens(self, tokens: np.ndarray) -> None:
+        """Appends tokens of the dtype; `add_lengths` says whose they are."""
+        assert tokens.dtype == self.dtype, f"{tokens.dtype} instead of {self.dtype}"
+        if not len(tokens):
+            return
+        self.largest_token = max(self.largest_token, int(tokens.max()))
+        content = memoryview(tokens.tobytes())
+        self._tokens.write(content)
+        written = self.num_tokens * self.dtype.itemsize
+        while content:
+            room = CHECKSUM_BLOCK_BYTES - written % CHECKSUM_BLOCK_BYTES
+            self._crc32 = zlib.crc32(content[:room], self._crc32)
+            written += len(content[:room])
+            content = content[room:]
+            if written % CHECKSUM_BLOCK_BYTES == 0:
+                self.bin_crc32.append(self._crc32)
+                self._crc32 = 0
+        self.num_tokens += len(tokens)
+
+    def add_lengths(self, lengths: np.ndarray, counts: np.ndarray) -> None:
+        """Says of tokens how they are divided.
+
+        Args:
+            lengths: [sequences], tokens of each sequence.
+            counts: [documents], sequences of each document.
+        """
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._counts.write(counts.astype("<i4").tobytes())
+        self._num_sequences += len(lengths)
+        self.num_documents += len(counts)
+
+    def flush(self) -> None:
+        """Puts all that was added on the disk."""
+        for file in (self._tokens, self._lengths, self._counts):
+            _flush_to_disk(file)
 
     def finish(self) -> None:
         """Makes the pair appear under its names, on the disk."""
-        lengths = np.asarray(self._lengths, dtype="<i4")
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= self.dtype.itemsize
-        documents = np.asarray(self._document_indices, dtype="<i8")
-        header = _HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(documents))
-        with self._index_temporary.open("wb") as file:
-            for part in (header, lengths.tobytes(), pointers.tobytes(), documents.tobytes()):
+        self.flush()
+        if self.num_tokens * self.dtype.itemsize % CHECKSUM_BLOCK_BYTES:
+            self.bin_crc32.append(self._crc32)
+        index = self.directory / "index"
+        digest = hashlib.sha256()
+        with index.open("wb") as file:
+            for part in self._index_parts():
                 file.write(part)
+                digest.update(part)
             _flush_to_disk(file)
-        _flush_to_disk(self._file)
+        self.idx_sha256 = digest.hexdigest()
         idx_path(self.prefix).unlink(missing_ok=True)
         Path(f"{self.prefix}.manifest.json").unlink(missing_ok=True)
-        self._tokens_temporary.rename(bin_path(self.prefix))
-        self._index_temporary.rename(idx_path(self.prefix))
-        sync_directory(bin_path(self.prefix).parent)
-        self._file.close()
-        self._open = False
+        (self.directory / "tokens").rename(bin_path(self.prefix))
+        index.rename(idx_path(self.prefix))
+        sync_directory(self.directory.parent)
+        self.abort()
 
-    def abort(self) -> None:
-        """Removes what was written; an older pair of the same name stays."""
-        if self._open:
-            self._tokens_temporary.unlink(missing_ok=True)
-            self._index_temporary.unlink(missing_ok=True)
-            self._open = False
+    def _index_parts(self) -> Iterator[bytes]:
+        """The content of .idx, some megabytes at a time."""
+        header = (VERSION, _CODES[self.dtype], self._num_sequences, self.num_documents + 1)
+        yield _HEADER.pack(MAGIC, *header)
+        for lengths in _read_blocks(self.directory / "lengths"):
+            yield lengths.tobytes()
+        pointer = 0
+        for lengths in _read_blocks(self.directory / "lengths"):
+            ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize + pointer
+            yield np.concatenate([[pointer], ends[:-1]]).astype("<i8").tobytes()
+            pointer = int(ends[-1])
+        assert pointer == self.num_tokens * self.dtype.itemsize, "lengths do not cover the tokens"
+        yield np.zeros(1, dtype="<i8").tobytes()
+        first = 0
+        for counts in _read_blocks(self.directory / "counts"):
+            bounds = np.cumsum(counts, dtype=np.int64) + first
+            yield bounds.astype("<i8").tobytes()
+            first = int(bounds[-1])
+
+    def close(self) -> None:
+        """Leaves the folder as it is, for a later writer to go on from."""
+        if not self._open:
+            return
+        self._open = False
+        for file in (self._tokens, self._lengths, self._counts, self._lock):
             try:
-                self._file.close()
+                file.close()
             except OSError:
                 pass  # a full disk fails again here; the first error is the one to report
+
+    def abort(self) -> None:
+        """Removes the folder of what was being written; an older pair of the name stays."""
+        if self._open:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.close()
 
     def __enter__(self) -> IndexedDatasetWriter:
         """The writer itself."""
@@ -333,6 +499,13 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read_blocks(path: Path) -> Iterator[np.ndarray]:
+    """The int32 numbers of a file, a million at a time."""
+    with path.open("rb") as file:
+        while content := file.read(4 * _READ_ITEMS):
+            yield np.frombuffer(content, dtype="<i4")
 
 
 def _flush_to_disk(file: BinaryIO) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from megagpt.data.indexed_dataset import bin_path, idx_path, sync_directory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Manifest:
     """Facts of one .bin/.idx pair."""
 
     tokenizer_kind: str
-    """`sentencepiece` or `byte`."""
+    """`sentencepiece`, `huggingface` or `byte`."""
     tokenizer_path: str
     """What `load_tokenizer` opens; in the file a path relative to the manifest."""
     tokenizer_sha256: str
@@ -49,10 +49,16 @@ class Manifest:
     """Documents."""
     text_bytes: int
     """UTF-8 bytes of the text that was encoded; the divisor of bits per byte."""
+    largest_token: int
+    """Largest token in .bin; -1 without tokens."""
     bin_bytes: int
     """Size of .bin."""
     idx_bytes: int
     """Size of .idx."""
+    idx_sha256: str
+    """Hash of .idx."""
+    bin_crc32: tuple[int, ...]
+    """CRC-32 of each CHECKSUM_BLOCK_BYTES of .bin."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Inputs left out, by reason."""
     sources: tuple[Source, ...] = ()
@@ -96,6 +102,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         )
     try:
         content["sources"] = tuple(Source(**source) for source in content["sources"])
+        content["bin_crc32"] = tuple(content["bin_crc32"])
         if content["tokenizer_kind"] != "byte":
             joined = os.path.join(path.parent, content["tokenizer_path"])
             content["tokenizer_path"] = os.path.normpath(joined)

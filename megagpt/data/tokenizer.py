@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece models, and plain bytes.
+"""Text to token ids and back: SentencePiece models, Hugging Face's tokenizer.json, plain bytes.
 
 A tokenizer never turns text into a control symbol: `<eod>` in a document stays text. Models that
 `train_sentencepiece` makes give back every text exactly.
@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import sentencepiece
 
@@ -58,7 +58,7 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         for token in ids:
-            _require_token(token, self.vocab_size)
+            require_token(token, self.vocab_size)
         return bytes(token for token in ids if token != self.eod).decode(errors="replace")
 
 
@@ -104,6 +104,20 @@ class SentencePieceTokenizer:
         prefixes = self._processor.encode("a", out_type=str)[0].startswith(_SPACE_MARK)
         splits = all(self._processor.is_byte(piece) for piece in mark) and not prefixes
         self._mark_ids = mark if splits else None
+        self._content = content
+
+    @property
+    def splits_at_mark(self) -> bool:
+        """Whether U+2581 in a text is kept apart from the spaces that it stands for in pieces."""
+        return self._mark_ids is not None
+
+    def model_proto(self) -> Any:
+        """The model's parts, as sentencepiece_model.proto names them."""
+        # Google's protobuf is loaded by those who look inside only.
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2  # its classes are made at its import
+        return proto.ModelProto.FromString(self._content)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end of document."""
@@ -117,7 +131,7 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         for token in ids:
-            _require_token(token, self.vocab_size)
+            require_token(token, self.vocab_size)
         return self._processor.decode([int(token) for token in ids])
 
 
@@ -125,12 +139,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Opens a tokenizer.
 
     Args:
-        path: A SentencePiece .model file, or `byte`.
+        path: A SentencePiece .model file, a tokenizer.json, or `byte`.
 
     Raises:
         ValueError: If there is none.
     """
-    return ByteTokenizer() if str(path) == BYTE_TOKENIZER else SentencePieceTokenizer(path)
+    if str(path) == BYTE_TOKENIZER:
+        return ByteTokenizer()
+    if Path(path).suffix == ".json":
+        # An extra: loaded by those who name such a file only.
+        from megagpt.data.huggingface_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def tokenizer_sha256(path: str | Path) -> str:
@@ -142,7 +163,7 @@ def tokenizer_sha256(path: str | Path) -> str:
     if str(path) == BYTE_TOKENIZER:
         return ByteTokenizer.sha256
     if not Path(path).is_file():
-        raise ValueError(f"no tokenizer at {path}; give a SentencePiece .model file")
+        raise ValueError(f"no tokenizer at {path}; give a SentencePiece .model or tokenizer.json")
     return file_sha256(path)
 
 
@@ -216,7 +237,12 @@ def _training_error(message: str, vocab_size: int) -> str:
     )
 
 
-def _require_token(token: int, vocab_size: int) -> None:
+def require_token(token: int, vocab_size: int) -> None:
+    """Checks an id that is to be decoded.
+
+    Raises:
+        ValueError: If it is outside the vocabulary.
+    """
     if not 0 <= token < vocab_size:
         raise ValueError(
             f"token {token} is outside the vocabulary of {vocab_size}; decode with the tokenizer "

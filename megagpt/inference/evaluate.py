@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from megagpt.config.schema import DataConfig
-from megagpt.data.gpt_dataset import IGNORE_INDEX, SPLITS, split_bounds, split_prefixes
+from megagpt.data.datasets import documents_of, split_sources
 from megagpt.data.indexed_dataset import IndexedDataset
 from megagpt.data.manifest import read_manifest
+from megagpt.data.masks import IGNORE_INDEX
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.model.gpt import GPTModel
 
@@ -59,39 +60,41 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> SplitText:
 
     Args:
         data: As the model was trained with.
-        split: train, valid or test.
+        split: train, valid, test or valid-NAME.
         tokenizer: Gives the size of the text where the manifest does not (one pair for all splits).
 
     Raises:
         ValueError: If the split is not configured, empty, or of another tokenizer.
     """
-    prefixes = split_prefixes(data)
-    if split not in prefixes:
+    sources = split_sources(data)
+    if split not in sources:
         raise ValueError(
-            f"the run has no {split} data; choose --split from {', '.join(prefixes)}, or "
+            f"the run has no {split} data; choose --split from {', '.join(sources)}, or "
             f"train with "
             f"--data.{split}_path"
         )
-    prefix = prefixes[split]
-    indexed, manifest = IndexedDataset(prefix), read_manifest(prefix)
-    if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"{prefix} was made with another tokenizer than {tokenizer.path}; preprocess it again "
-            "with that of the model"
-        )
-    first, last = 0, indexed.num_documents
-    if data.path is not None:
-        first, last = split_bounds(data.split, last)[SPLITS.index(split)]
-    documents = [indexed.document(i).astype(np.int64) for i in range(first, last)]
+    documents: list[np.ndarray] = []
+    text_bytes = 0
+    for source in sources[split]:
+        indexed, manifest = IndexedDataset(source.prefix), read_manifest(source.prefix)
+        if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"{source.prefix} was made with another tokenizer than {tokenizer.path}; "
+                "preprocess it again with that of the model"
+            )
+        used = documents_of(data, split, source, indexed.num_documents)
+        own = [indexed.document(i).astype(np.int64) for i in used]
+        documents += own
+        if manifest is not None and len(used) == indexed.num_documents:
+            text_bytes += manifest.text_bytes
+        else:
+            text_bytes += sum(
+                len(tokenizer.decode(d[d != tokenizer.eod].tolist()).encode()) for d in own
+            )
     tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int64)
-    if manifest is not None and last - first == indexed.num_documents:
-        text_bytes = manifest.text_bytes
-    else:
-        text_bytes = sum(
-            len(tokenizer.decode(d[d != tokenizer.eod].tolist()).encode()) for d in documents
-        )
     if len(tokens) == 0 or text_bytes == 0:
-        raise ValueError(f"the {split} split of {prefix} is empty; choose another --split")
+        names = ", ".join(source.prefix for source in sources[split])
+        raise ValueError(f"the {split} split of {names} is empty; choose another --split")
     return SplitText(tokens, text_bytes)
 
 

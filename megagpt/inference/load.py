@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megagpt.config.schema import Config
-from megagpt.data.gpt_dataset import split_prefixes
+from megagpt.data.datasets import first_prefix
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from megagpt.model.gpt import GPTModel
@@ -111,7 +111,7 @@ def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> Loaded
 def _tokenizer_path(config: Config, given: str | None) -> str:
     """The tokenizer asked for, checked against the data's manifest where that is at hand."""
     path = given or config.data.tokenizer_path
-    prefix = split_prefixes(config.data).get("train")
+    prefix = first_prefix(config.data)
     manifest = read_manifest(prefix) if prefix else None
     if manifest is None:
         if path is None:

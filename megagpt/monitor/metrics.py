@@ -83,15 +83,22 @@ class MetricLogger:
             f" ETA: {eta} |"
         )
 
-    def validation(self, step: int, consumed_samples: int, loss: float) -> None:
-        """Writes a validation loss and its perplexity, and prints them between rules."""
+    def validation(self, step: int, consumed_samples: int, loss: float, *, name: str = "") -> None:
+        """Writes a validation loss and its perplexity, and prints them between rules.
+
+        Args:
+            step: Steps completed.
+            consumed_samples: Samples completed.
+            loss: Nats per token.
+            name: `-NAME` of one of several validation sets.
+        """
         if self.writer is None:
             return
         perplexity = math.exp(min(20.0, loss))
-        self._scalar("lm loss validation", loss, step, consumed_samples)
-        self._scalar("lm loss validation ppl", perplexity, step, consumed_samples)
+        self._scalar(f"lm loss validation{name}", loss, step, consumed_samples)
+        self._scalar(f"lm loss validation{name} ppl", perplexity, step, consumed_samples)
         line = (
-            f" validation loss at iteration {step} | lm loss value: {loss:.6E} |"
+            f" validation{name} loss at iteration {step} | lm loss value: {loss:.6E} |"
             f" lm loss PPL: {perplexity:.6E} | "
         )
         for text in ("-" * len(line), line, "-" * len(line)):

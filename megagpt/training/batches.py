@@ -7,15 +7,19 @@ Next file: `train_step.py`, which feeds them to the engine.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megagpt.config.schema import Config
-from megagpt.data.gpt_dataset import PAD, GPTDataset, document_positions, tokens_to_batch
+from megagpt.data.datasets import Dataset, first_prefix
+from megagpt.data.gpt_dataset import PAD
 from megagpt.data.manifest import read_manifest
+from megagpt.data.masks import document_boundaries, tokens_to_batch
 from megagpt.data.sampler import BatchSampler
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.loss import IGNORE_INDEX
@@ -46,7 +50,10 @@ class MicroBatch:
 
 
 class Batches:
-    """The micro-batches of one data-parallel index.
+    """The micro-batches of one data-parallel index, made ahead of the step that takes them.
+
+    Attributes:
+        wait_seconds: How long the last step waited for its data.
 
     Args:
         config: Of the run.
@@ -59,7 +66,7 @@ class Batches:
     """
 
     def __init__(
-        self, config: Config, datasets: dict[str, GPTDataset], *, dp_rank: int, dp_size: int
+        self, config: Config, datasets: dict[str, Dataset], *, dp_rank: int, dp_size: int
     ) -> None:
         self.config = config
         self.datasets = datasets
@@ -70,23 +77,47 @@ class Batches:
             dp_rank=dp_rank,
             dp_size=dp_size,
         )
+        self.wait_seconds = 0.0
+        # One thread: the next step's batches are read while this step computes.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[tuple[int, int], Future[list[MicroBatch]]] | None = None
+        self._is_pinned = torch.cuda.is_available()
 
     def training(self, consumed_samples: int, *, step: int) -> list[MicroBatch]:
         """The micro-batches of the step (from 1) that begins at consumed_samples."""
-        dataset = self.datasets["train"]
-        return [
-            self._micro_batch(np.stack([dataset[i] for i in indices]), indices, step=step)
-            for indices in self.sampler.micro_batches(consumed_samples)
-        ]
+        begin = time.monotonic()
+        place = (consumed_samples, step)
+        if self._ahead is not None and self._ahead[0] == place:
+            batches = self._ahead[1].result()
+        else:
+            batches = self._read_step(*place)
+        self.wait_seconds = time.monotonic() - begin
+        self._ahead = None
+        if step < self.config.training.train_steps:
+            following = (consumed_samples + self.config.batch.global_batch_size, step + 1)
+            self._ahead = (following, self._reader.submit(self._read_step, *following))
+        return batches
 
     def evaluation(self, split: str) -> Iterator[MicroBatch]:
         """The micro-batches of an evaluation, as many on every rank."""
         dataset = self.datasets[split]
         count = min(len(dataset), self.config.training.eval_samples or len(dataset))
-        padding = np.full(self.config.model.seq_length + 1, PAD, dtype=np.int64)
         for indices in self.sampler.evaluation_batches(count):
-            samples = np.stack([dataset[i] if i >= 0 else padding for i in indices])
+            samples = np.full((len(indices), self.config.model.seq_length + 1), PAD, np.int64)
+            used = [i for i in indices if i >= 0]  # padding stands at the end
+            dataset.gather(used, out=samples[: len(used)])
             yield self._micro_batch(samples, indices, step=0)
+
+    def close(self) -> None:
+        """Ends the reading thread."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read_step(self, consumed_samples: int, step: int) -> list[MicroBatch]:
+        dataset = self.datasets["train"]
+        return [
+            self._micro_batch(dataset.gather(indices), indices, step=step)
+            for indices in self.sampler.micro_batches(consumed_samples)
+        ]
 
     def _micro_batch(self, samples: np.ndarray, indices: list[int], *, step: int) -> MicroBatch:
         """Tensors of samples [b, s + 1]."""
@@ -97,16 +128,21 @@ class Batches:
         positions = keys = None
         if data.document_masking:
             assert self.eod is not None
-            positions = torch.from_numpy(document_positions(tokens, self.eod))
+            positions = self._tensor(document_boundaries(tokens, self.eod)[0])
         if self.config.model.dropout:
             # In evaluation too, where nothing is dropped: a pipeline's messages keep their form.
             keys = dropout_keys(torch.tensor(indices), seed=self.config.training.seed, step=step)
-        return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), positions, keys)
+        return MicroBatch(self._tensor(tokens), self._tensor(labels), positions, keys)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        """The array as a tensor, in pinned memory where a GPU is to copy it while it computes."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self._is_pinned else tensor
 
 
 def _end_of_document(config: Config) -> int | None:
     """The token that ends documents, from the data's manifest; needed by masking only."""
-    prefix = config.data.train_path or config.data.path
+    prefix = first_prefix(config.data)
     manifest = read_manifest(prefix or "")
     if manifest is not None:
         return manifest.eod

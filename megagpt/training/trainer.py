@@ -33,7 +33,7 @@ from megagpt.checkpoint.state import (
 from megagpt.config.command_line import config_to_dict
 from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
 from megagpt.config.schema import Config
-from megagpt.data.gpt_dataset import GPTDataset, build_datasets, data_fingerprint
+from megagpt.data.datasets import Dataset, build_datasets, data_fingerprint, first_prefix
 from megagpt.data.manifest import read_manifest, write_json
 from megagpt.model.build import build_model
 from megagpt.model.gpt import count_parameters
@@ -114,12 +114,15 @@ class Trainer:
             if problem := async_io_problem():
                 raise ValueError(problem)
         self.config = _with_vocab_size(config)
-        self.datasets: dict[str, GPTDataset] = build_datasets(
+        train_samples = config.training.train_steps * config.batch.global_batch_size
+        self.datasets: dict[str, Dataset] = build_datasets(
             self.config.data,
             seq_length=self.config.model.seq_length,
             seed=self.config.training.seed,
+            vocab_size=self.config.model.vocab_size,
+            train_samples=train_samples,
         )
-        self.fingerprint = data_fingerprint(self.config.data)
+        self.fingerprint = data_fingerprint(self.config.data, train_samples=train_samples)
         self.run_directory = Path(config.output_dir)
         self.checkpoints = self.run_directory / "checkpoints"
         _, dp_rank, _ = self.topology.coordinates(world.rank)
@@ -243,11 +246,9 @@ class Trainer:
                 values |= {"skipped-iterations": skipped, "nan-iterations": nan}
                 metrics.training(step, self.state.consumed_samples, values)
             stop = self._stop_reason()
-            if "valid" in self.datasets and self._is_due(config.training.eval_interval, stop):
-                validation_loss = evaluate(
-                    engine, self.batches.evaluation("valid"), groups=self.groups
-                )
-                metrics.validation(step, self.state.consumed_samples, validation_loss)
+            if self._is_due(config.training.eval_interval, stop):
+                losses = self._validate(engine, metrics)
+                validation_loss = losses.get("valid")
             if stop:
                 summary = {
                     "megagpt_version": __version__,
@@ -257,6 +258,11 @@ class Trainer:
                     "tokens_per_second": trained_tokens / train_seconds,
                     "train_loss": result.loss,
                     "validation_loss": validation_loss,
+                    **{
+                        f"validation_loss-{split.removeprefix('valid-')}": loss
+                        for split, loss in losses.items()
+                        if split != "valid"
+                    },
                     "seconds": time.monotonic() - self.start_time,
                 }
                 # Before the last checkpoint, which marks the run as done.
@@ -270,6 +276,7 @@ class Trainer:
                 logger.info(f"stopping at step {step}: {stop}")
                 break
         metrics.close()
+        self.batches.close()
         self._remove_swap_files()
         return summary
 
@@ -303,6 +310,20 @@ class Trainer:
             consumed_tokens=self.state.consumed_tokens + result.num_tokens,
         )
         return result, lr, time.monotonic() - begin
+
+    def _validate(self, engine: DeepSpeedEngine, metrics: MetricLogger) -> dict[str, float]:
+        """Loss of each validation set: valid, and valid-NAME."""
+        losses = {}
+        for split in self.datasets:
+            if split.startswith("valid"):
+                losses[split] = evaluate(engine, self.batches.evaluation(split), groups=self.groups)
+                metrics.validation(
+                    self.state.step,
+                    self.state.consumed_samples,
+                    losses[split],
+                    name=split.removeprefix("valid"),
+                )
+        return losses
 
     def _is_due(self, interval: int, stop: str | None) -> bool:
         """Whether to act after this step: at each interval (0 is never), and at the end."""
@@ -364,6 +385,7 @@ class Trainer:
             else 1.0,
             "world-size": float(self.world.size),
             "iteration-time": seconds,
+            "data-wait-share": self.batches.wait_seconds / seconds,
             "throughput": tflops,
             "tokens-per-second": result.num_tokens / seconds,
             **memory_metrics(),
@@ -389,7 +411,7 @@ class Trainer:
 
 def _with_vocab_size(config: Config) -> Config:
     """Takes vocab_size from the data's manifest; refuses one that the tokenizer overflows."""
-    prefix = config.data.train_path or config.data.path
+    prefix = first_prefix(config.data)
     if prefix is None:
         raise ValueError(
             "no data is named; give --data.path PREFIX of a .bin/.idx pair made by "

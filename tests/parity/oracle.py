@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from megagpt.data.gpt_dataset import build_datasets
+from megagpt.data.datasets import build_datasets
 from megagpt.data.manifest import read_manifest
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import GPTModel

@@ -4,16 +4,10 @@ import numpy as np
 import pytest
 
 from megagpt.config.schema import DataConfig
-from megagpt.data.gpt_dataset import (
-    IGNORE_INDEX,
-    PAD,
-    GPTDataset,
-    build_datasets,
-    data_fingerprint,
-    split_bounds,
-    tokens_to_batch,
-)
+from megagpt.data.datasets import build_datasets, data_fingerprint, split_bounds
+from megagpt.data.gpt_dataset import PAD, GPTDataset
 from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megagpt.data.masks import IGNORE_INDEX, tokens_to_batch
 from megagpt.data.preprocess import preprocess
 
 # Every token is unique, so that a sample says where it comes from; one document is empty.
@@ -36,7 +30,7 @@ def indexed(tmp_path):
 
 
 def build(indexed, seq_length=5, documents=None, **options):
-    documents = np.arange(indexed.num_documents) if documents is None else documents
+    documents = range(indexed.num_documents) if documents is None else documents
     return GPTDataset(indexed, documents, seq_length=seq_length, seed=1, **options)
 
 
@@ -76,7 +70,7 @@ def test_epochs_differ_and_do_not_depend_on_the_order_of_access(indexed):
 
 
 def test_seed_changes_the_order(indexed):
-    documents = np.arange(indexed.num_documents)
+    documents = range(indexed.num_documents)
     one, other = (GPTDataset(indexed, documents, seq_length=5, seed=seed) for seed in (1, 2))
     assert [s.tolist() for s in one] != [s.tolist() for s in other]
 
@@ -104,7 +98,7 @@ def test_too_few_tokens_say_how_many_are_needed(indexed):
     with pytest.raises(ValueError, match=r"seq_length=66 needs at least 67 tokens .* has 66"):
         build(indexed, 66)
     with pytest.raises(ValueError, match="needs at least 2 tokens in the test split"):
-        build(indexed, documents=np.array([1, 2]), shuffle=False, name="test")
+        build(indexed, documents=range(1, 3), shuffle=False, name="test")
 
 
 @pytest.mark.parametrize(
@@ -187,4 +181,4 @@ def test_fingerprint_knows_the_data_after_a_move_and_not_after_a_change(tmp_path
     one, same, other = (data_fingerprint(DataConfig(path=prefix)) for prefix in prefixes)
     assert one == same != other
     assert one != data_fingerprint(DataConfig(path=prefixes[0], split="1,1"))
-    assert one["path"]["num_tokens"] == 9
+    assert one["train"][0]["num_tokens"] == 9

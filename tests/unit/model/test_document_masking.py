@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megagpt.config.schema import ModelConfig
-from megagpt.data.gpt_dataset import IGNORE_INDEX, document_positions, tokens_to_batch
+from megagpt.data.masks import IGNORE_INDEX, document_boundaries, tokens_to_batch
 from megagpt.model.attention import document_mask
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize
@@ -30,14 +30,14 @@ TOKENS = np.array(
 
 
 def test_positions_begin_again_after_each_end_of_document():
-    assert document_positions(TOKENS, EOD).tolist() == [
+    assert document_boundaries(TOKENS, EOD)[0].tolist() == [
         [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5],
         [0, *range(15)],
     ]
 
 
 def test_the_mask_is_causal_within_documents():
-    mask = document_mask(torch.from_numpy(document_positions(TOKENS, EOD)))[:, 0]
+    mask = document_mask(torch.from_numpy(document_boundaries(TOKENS, EOD)[0]))[:, 0]
     for row in range(2):
         ends = np.flatnonzero(TOKENS[row] == EOD)
         document = [int((ends < i).sum()) for i in range(16)]
@@ -56,7 +56,7 @@ def test_the_successor_of_an_end_of_document_is_not_scored_on_request():
 
 
 def losses(model, tokens, labels):
-    positions = torch.from_numpy(document_positions(tokens.numpy(), EOD))
+    positions = torch.from_numpy(document_boundaries(tokens.numpy(), EOD)[0])
     return model(tokens, labels, positions)
 
 

@@ -1,0 +1,288 @@
+"""From the configuration's `data` section to a dataset for each split.
+
+Next files: `gpt_dataset.py` (one pair), `blended_dataset.py` (several).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagpt.config.schema import DataConfig
+from megagpt.data.blended_dataset import BlendedDataset, JoinedDataset
+from megagpt.data.gpt_dataset import GPTDataset, MegatronOrder
+from megagpt.data.index_cache import IndexCache
+from megagpt.data.indexed_dataset import IndexedDataset, idx_path
+from megagpt.data.manifest import Manifest, file_sha256, read_manifest
+from megagpt.data.tokenizer import tokenizer_sha256
+
+SPLITS = ("train", "valid", "test")
+# Megatron asks each member of a blend for so many samples more than its share.
+_MEGATRON_SURPLUS = 1.005
+
+Dataset = GPTDataset | BlendedDataset | JoinedDataset
+
+logger = logging.getLogger("megagpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pair, or the part of it, that a split is made from."""
+
+    prefix: str
+    weight: float | None
+    """In a blend; None: by its size."""
+    is_divided: bool
+    """Whether `data.split` divides the pair among splits."""
+
+
+def split_sources(data: DataConfig) -> dict[str, list[Source]]:
+    """The pairs of each configured split: train, valid, test, and valid-NAME.
+
+    Raises:
+        ValueError: If no data is named.
+    """
+    if data.path is not None:
+        whole = [Source(prefix, weight, True) for prefix, weight in _weighted(data.path)]
+        sources = dict.fromkeys(SPLITS, whole)
+    elif data.train_path is None:
+        raise ValueError(
+            "no data is named; give --data.path (pairs to split) or --data.train_path "
+            "(the demo's data: make demo)"
+        )
+    else:
+        named = {"train": data.train_path, "valid": data.valid_path, "test": data.test_path}
+        sources = {
+            split: [Source(prefix, weight, False) for prefix, weight in _weighted(paths)]
+            for split, paths in named.items()
+            if paths is not None
+        }
+    for name, prefix in (data.valid_sets or {}).items():
+        sources[f"valid-{name}"] = [Source(prefix, None, False)]
+    return sources
+
+
+def first_prefix(data: DataConfig) -> str | None:
+    """The first training pair, whose manifest stands for all; None where no data is named."""
+    paths = data.train_path or data.path
+    return None if paths is None else _weighted(paths)[0][0]
+
+
+def documents_of(data: DataConfig, split: str, source: Source, num_documents: int) -> range:
+    """Documents of a pair that a split takes."""
+    if not source.is_divided:
+        return range(num_documents)
+    return range(*split_bounds(data.split, num_documents)[SPLITS.index(split)])
+
+
+def build_datasets(
+    data: DataConfig,
+    *,
+    seq_length: int,
+    seed: int,
+    required: tuple[str, ...] = ("train",),
+    vocab_size: int | None = None,
+    train_samples: int | None = None,
+) -> dict[str, Dataset]:
+    """The splits of the configured data: training shuffled, validation and test in file order.
+
+    Args:
+        data: Which pairs, and how one pair is divided.
+        seq_length: Tokens that a sample predicts.
+        seed: Seed of the training order.
+        required: Splits that must hold text; another without documents is left out.
+        vocab_size: Of the model, above all tokens.
+        train_samples: Samples of the whole run; with data.order=megatron only.
+
+    Returns:
+        Dataset by split: train and, where there are documents, valid, test and valid-NAME.
+
+    Raises:
+        ValueError: If data is missing, damaged, of different tokenizers, or too little.
+    """
+    sources = split_sources(data)
+    manifests = {s.prefix: read_manifest(s.prefix) for each in sources.values() for s in each}
+    _require_one_tokenizer(data, manifests)
+    opened = {prefix: IndexedDataset(prefix) for prefix in manifests}
+    for split in required:
+        if split not in sources:
+            raise ValueError(f"no {split} data is named; give --data.{split}_path")
+    datasets: dict[str, Dataset] = {}
+    for split, members in sources.items():
+        is_training = split == "train"
+        used: list[Source] = []
+        built: list[GPTDataset] = []
+        problem = ""
+        for source in members:
+            indexed = opened[source.prefix]
+            documents = documents_of(data, split, source, indexed.num_documents)
+            if len(documents) == 0:
+                problem = _empty_split(data, split, source, indexed.num_documents)
+                continue
+            megatron = None
+            if is_training and data.order == "megatron":
+                assert train_samples is not None, "a replay needs the samples of the run"
+                megatron = _megatron_order(data, members, source, indexed, train_samples)
+            used.append(source)
+            built.append(
+                GPTDataset(
+                    indexed,
+                    documents,
+                    seq_length=seq_length,
+                    seed=seed,
+                    shuffle=is_training,
+                    name=split,
+                    cache=_index_cache(data, source.prefix),
+                    vocab_size=_vocabulary(manifests[source.prefix], vocab_size),
+                    megatron=megatron,
+                )
+            )
+        if not built:
+            if split in required:
+                raise ValueError(f"the {split} split is empty: {problem}")
+            logger.info("the %s split is empty and left out: %s", split, problem)
+        elif len(built) == 1:
+            datasets[split] = built[0]
+        elif is_training:
+            datasets[split] = BlendedDataset(
+                built,
+                [
+                    len(dataset) if source.weight is None else source.weight
+                    for source, dataset in zip(used, built, strict=True)
+                ],
+                megatron_samples=train_samples if data.order == "megatron" else None,
+            )
+        else:
+            datasets[split] = JoinedDataset(built)
+    return datasets
+
+
+def split_bounds(split: str, num_documents: int) -> list[tuple[int, int]]:
+    """Contiguous ranges of documents for train, valid and test.
+
+    Args:
+        split: Up to three shares, such as `969,30,1`; they need not sum to 1.
+        num_documents: Documents to divide.
+
+    Raises:
+        ValueError: If split is not such shares.
+    """
+    try:
+        shares = [float(share) for share in split.split(",")]
+        valid = 1 <= len(shares) <= 3 and min(shares) >= 0 and 0 < sum(shares) < float("inf")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"data.split={split} must be up to three shares, none negative, not all 0; "
+            "write it as 969,30,1"
+        )
+    shares += [0.0] * (3 - len(shares))
+    cumulative = np.cumsum([0.0, *shares]) / sum(shares)
+    bounds = [round(share * num_documents) for share in cumulative.tolist()]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def data_fingerprint(data: DataConfig, *, train_samples: int | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps to know the data and its order again; no paths.
+
+    Args:
+        data: Which pairs, and how one pair is divided.
+        train_samples: Samples of the whole run, on which Megatron's order depends.
+    """
+    fingerprint: dict[str, Any] = {}
+    for split, sources in split_sources(data).items():
+        if split != "train" and sources[0].is_divided:
+            continue
+        fingerprint[split] = [
+            {"weight": source.weight, **_content(source.prefix)} for source in sources
+        ]
+    if data.path is not None:
+        fingerprint["split"] = data.split
+    if data.order == "megatron":
+        fingerprint["megatron_samples"] = train_samples
+    return fingerprint
+
+
+def _content(prefix: str) -> dict[str, Any]:
+    indexed, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    return {
+        "num_tokens": indexed.num_tokens,
+        "num_documents": indexed.num_documents,
+        "dtype": indexed.dtype.name,
+        "idx_sha256": manifest.idx_sha256 if manifest else file_sha256(idx_path(prefix)),
+    }
+
+
+def _weighted(paths: str | list[str] | dict[str, float]) -> list[tuple[str, float | None]]:
+    if isinstance(paths, Mapping):
+        return list(paths.items())
+    return [(path, None) for path in ([paths] if isinstance(paths, str) else paths)]
+
+
+def _index_cache(data: DataConfig, prefix: str) -> IndexCache:
+    directory = data.index_cache or str(Path(prefix).parent / "index_cache")
+    return IndexCache(Path(directory))
+
+
+def _vocabulary(manifest: Manifest | None, vocab_size: int | None) -> int | None:
+    return manifest.vocab_size if manifest is not None else vocab_size
+
+
+def _megatron_order(
+    data: DataConfig,
+    members: list[Source],
+    source: Source,
+    indexed: IndexedDataset,
+    train_samples: int,
+) -> MegatronOrder:
+    sequences = range(indexed.num_sequences)
+    if source.is_divided:
+        sequences = range(*split_bounds(data.split, indexed.num_sequences)[0])
+    if len(members) == 1:
+        return MegatronOrder(sequences, train_samples)
+    weights = [member.weight for member in members]
+    if source.weight is None or None in weights:
+        raise ValueError(
+            "data.order=megatron needs the weight of each pair of a blend; write the data as "
+            "{prefix: weight}, as in the Megatron run"
+        )
+    share = source.weight / math.fsum(weight or 0.0 for weight in weights)
+    return MegatronOrder(sequences, math.ceil(math.ceil(train_samples * share) * _MEGATRON_SURPLUS))
+
+
+def _empty_split(data: DataConfig, split: str, source: Source, num_documents: int) -> str:
+    if source.is_divided:
+        return (
+            f"--data.split={data.split} gives it 0 of the {num_documents} documents of "
+            f"{source.prefix}; give it a larger share or more documents"
+        )
+    return f"{source.prefix} holds no documents; give a pair with text"
+
+
+def _require_one_tokenizer(data: DataConfig, manifests: dict[str, Manifest | None]) -> None:
+    hashes = {
+        prefix: manifest.tokenizer_sha256
+        for prefix, manifest in manifests.items()
+        if manifest is not None
+    }
+    first = next(iter(hashes), None)
+    for prefix, sha256 in hashes.items():
+        if first is not None and sha256 != hashes[first]:
+            raise ValueError(
+                f"{prefix} was made with another tokenizer than {first} ({sha256[:12]}, "
+                f"{hashes[first][:12]}); preprocess both with one"
+            )
+    if data.tokenizer_path is not None and first is not None:
+        given = tokenizer_sha256(data.tokenizer_path)
+        if given != hashes[first]:
+            raise ValueError(
+                f"data.tokenizer_path={data.tokenizer_path} ({given[:12]}) is not the tokenizer of "
+                f"{first} ({hashes[first][:12]}); leave it out or preprocess again"
+            )

@@ -1,0 +1,135 @@
+"""Sample indices kept on disk, so that the ranks of a node share one and a restart builds none.
+
+An entry is a folder named by a hash of all that the index depends on, the content of the data among
+them, and appears by a rename. So it is never stale and never half there; jobs and nodes may share
+the folder, or each node have its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagpt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megagpt.data.manifest import file_sha256, manifest_path
+from megagpt.data.order import SampleIndex
+
+_VERSION = 1
+# A smaller index is built in about the time that it takes to open one.
+SMALLEST_CACHED_BYTES = 1 << 20
+
+logger = logging.getLogger("megagpt")
+
+
+class IndexCache:
+    """A folder of sample indices.
+
+    Args:
+        directory: The folder, made when it is needed; None builds every index in memory.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+
+    def get(self, key: dict[str, Any], build: Callable[[], SampleIndex]) -> SampleIndex:
+        """The index of a key, from disk or built; one process of a node builds, others wait.
+
+        Args:
+            key: Everything that the index depends on.
+            build: Makes it.
+        """
+        if self.directory is None:
+            return build()
+        text = json.dumps({"version": _VERSION, **key}, sort_keys=True)
+        entry = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
+        found = _open_entry(entry)
+        if found is not None:
+            return found
+        try:
+            with _locked(self.directory):
+                found = _open_entry(entry)
+                if found is not None:
+                    return found
+                index = build()
+                if index.samples.nbytes + index.sequences.nbytes < SMALLEST_CACHED_BYTES:
+                    return index
+                _write_entry(entry, index, text)
+                return _open_entry(entry) or index
+        except OSError as error:
+            logger.warning(
+                "warning: %s cannot keep the sample index (%s), so each process builds its own; "
+                "name a folder of this node with --data.index_cache",
+                self.directory,
+                error.strerror or error,
+            )
+            return build()
+
+
+def pair_identity(indexed: IndexedDataset) -> dict[str, Any]:
+    """What tells the content of a pair from any other at that place, without reading it."""
+    manifest = manifest_path(indexed.prefix)
+    identity: dict[str, Any] = {
+        "manifest": file_sha256(manifest) if manifest.is_file() else None,
+    }
+    for path in (bin_path(indexed.prefix), idx_path(indexed.prefix)):
+        stat = path.stat()
+        identity[path.suffix] = [stat.st_size, stat.st_mtime_ns]
+    return identity
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: several may build, and the rename decides
+        yield
+
+
+def _open_entry(entry: Path) -> SampleIndex | None:
+    """An entry of the cache; None, and it is gone, where it is damaged."""
+    if not entry.is_dir():
+        return None
+    try:
+        sequences = np.load(entry / "sequences.npy", mmap_mode="r", allow_pickle=False)
+        samples = np.load(entry / "samples.npy", mmap_mode="r", allow_pickle=False)
+        if sequences.dtype == samples.dtype == np.uint32 and samples.shape[1:] == (2,):
+            return SampleIndex(sequences, samples)
+        reason = "of another form"
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error)
+    logger.warning("warning: the sample index %s is damaged and built anew (%s)", entry, reason)
+    shutil.rmtree(entry, ignore_errors=True)
+    return None
+
+
+def _write_entry(entry: Path, index: SampleIndex, key: str) -> None:
+    temporary = entry.with_name(f"{entry.name}.tmp{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        (temporary / "key.json").write_text(key + "\n")
+        for name, array in (("sequences", index.sequences), ("samples", index.samples)):
+            with (temporary / f"{name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        try:
+            temporary.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another node has built the same meanwhile
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
