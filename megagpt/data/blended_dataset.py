@@ -47,6 +47,12 @@ class BlendedDataset:
         members, samples = self._locate([index])
         return int(members[0]), int(samples[0])
 
+    def counts(self, num_samples: int) -> np.ndarray:
+        """Samples of each member among the first num_samples: [m], int64."""
+        if self._replayed is None:
+            return self.blend.counts(num_samples)
+        return np.bincount(self._replayed[0][:num_samples], minlength=len(self.datasets))
+
     def gather(self, indices: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Samples; see `GPTDataset.gather`."""
         if out is None:

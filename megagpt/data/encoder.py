@@ -16,7 +16,7 @@ import numpy as np
 
 from megagpt.data.indexed_dataset import encode_tokens, token_dtype
 from megagpt.data.native import CHUNK_CACHE_BYTES, address, load_native
-from megagpt.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from megagpt.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 _BPE, _NORMAL, _USER_DEFINED, _UNUSED, _BYTE = 2, 1, 4, 5, 6  # of sentencepiece_model.proto
 _SPACE_MARK = "\u2581"
@@ -59,10 +59,17 @@ class DocumentEncoder:
         """
         if self._native is not None:
             return self._native.encode(texts)
-        encoded = [[*self.tokenizer.encode(text), self.tokenizer.eod] for text in texts]
-        lengths = np.array([len(ids) for ids in encoded], dtype=np.int32)
-        joined = b"".join(encode_tokens(ids, self.dtype) for ids in encoded)
-        return np.frombuffer(joined, dtype=self.dtype), lengths
+        if isinstance(self.tokenizer, ByteTokenizer):
+            eod = np.array([self.tokenizer.eod], dtype=self.dtype)
+            parts = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+            encoded = [np.concatenate([part, eod], dtype=self.dtype).tobytes() for part in parts]
+        else:
+            encoded = [
+                encode_tokens([*self.tokenizer.encode(text), self.tokenizer.eod], self.dtype)
+                for text in texts
+            ]
+        lengths = [len(document) // self.dtype.itemsize for document in encoded]
+        return np.frombuffer(b"".join(encoded), dtype=self.dtype), np.array(lengths, np.int32)
 
 
 class NativeBpe:

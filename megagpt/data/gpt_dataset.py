@@ -21,8 +21,6 @@ from megagpt.data.order import SampleIndex, epoch_index, megatron_index
 PAD = -1
 """Stands where a sample has no token."""
 
-_LABELS = {"train": "training", "valid": "validation", "test": "test"}
-
 
 @dataclass(frozen=True)
 class MegatronOrder:
@@ -88,7 +86,7 @@ class GPTDataset:
         if self.num_tokens < needed:
             raise ValueError(
                 f"model.seq_length={seq_length} needs at least {needed} tokens in the "
-                f"{_LABELS.get(name, name)} split, {indexed.prefix} has {self.num_tokens} there in "
+                f"{name} split, {indexed.prefix} has {self.num_tokens} there in "
                 f"{len(documents)} documents; give more text, a larger share in "
                 "--data.split or a smaller --model.seq_length"
             )

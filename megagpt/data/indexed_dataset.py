@@ -44,6 +44,7 @@ _LARGEST_UINT16_VOCABULARY = 65_499
 CHECKSUM_BLOCK_BYTES = 64 << 20
 """Bytes of .bin to each checksum of a manifest."""
 _READ_ITEMS = 1 << 20
+_INT32 = np.dtype("<i4")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -391,8 +392,8 @@ class IndexedDatasetWriter:
             lengths: [sequences], tokens of each sequence.
             counts: [documents], sequences of each document.
         """
-        self._lengths.write(lengths.astype("<i4").tobytes())
-        self._counts.write(counts.astype("<i4").tobytes())
+        self._lengths.write(lengths.astype(_INT32).tobytes())
+        self._counts.write(counts.astype(_INT32).tobytes())
         self._num_sequences += len(lengths)
         self.num_documents += len(counts)
 
@@ -425,17 +426,17 @@ class IndexedDatasetWriter:
         """The content of .idx, some megabytes at a time."""
         header = (VERSION, _CODES[self.dtype], self._num_sequences, self.num_documents + 1)
         yield _HEADER.pack(MAGIC, *header)
-        for lengths in _read_blocks(self.directory / "lengths"):
+        for lengths in read_blocks(self.directory / "lengths", _INT32, _READ_ITEMS):
             yield lengths.tobytes()
         pointer = 0
-        for lengths in _read_blocks(self.directory / "lengths"):
+        for lengths in read_blocks(self.directory / "lengths", _INT32, _READ_ITEMS):
             ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize + pointer
             yield np.concatenate([[pointer], ends[:-1]]).astype("<i8").tobytes()
             pointer = int(ends[-1])
         assert pointer == self.num_tokens * self.dtype.itemsize, "lengths do not cover the tokens"
         yield np.zeros(1, dtype="<i8").tobytes()
         first = 0
-        for counts in _read_blocks(self.directory / "counts"):
+        for counts in read_blocks(self.directory / "counts", _INT32, _READ_ITEMS):
             bounds = np.cumsum(counts, dtype=np.int64) + first
             yield bounds.astype("<i8").tobytes()
             first = int(bounds[-1])
@@ -501,11 +502,11 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _read_blocks(path: Path) -> Iterator[np.ndarray]:
-    """The int32 numbers of a file, a million at a time."""
+def read_blocks(path: Path, dtype: np.dtype, num_items: int) -> Iterator[np.ndarray]:
+    """The numbers of a file, num_items at a time."""
     with path.open("rb") as file:
-        while content := file.read(4 * _READ_ITEMS):
-            yield np.frombuffer(content, dtype="<i4")
+        while len(numbers := np.fromfile(file, dtype=dtype, count=num_items)):
+            yield numbers
 
 
 def _flush_to_disk(file: BinaryIO) -> None:

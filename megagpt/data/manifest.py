@@ -47,8 +47,8 @@ class Manifest:
     """Tokens, ends of documents included."""
     num_documents: int
     """Documents."""
-    text_bytes: int
-    """UTF-8 bytes of the text that was encoded; the divisor of bits per byte."""
+    text_bytes: int | None
+    """UTF-8 bytes of the text that was encoded, the divisor of bits per byte; None: not known."""
     largest_token: int
     """Largest token in .bin; -1 without tokens."""
     bin_bytes: int

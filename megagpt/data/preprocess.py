@@ -36,6 +36,7 @@ from megagpt.data.indexed_dataset import (
     WriterState,
     bin_path,
     idx_path,
+    read_blocks,
     token_dtype,
 )
 from megagpt.data.manifest import Manifest, Source, write_manifest
@@ -277,9 +278,8 @@ class _PartialPair:
     def _append_tokens(self, number: int) -> None:
         tokens_path = tokens_file(self.writer.directory, number)
         lengths_path = lengths_file(self.writer.directory, number)
-        with tokens_path.open("rb") as file:
-            while len(tokens := np.fromfile(file, dtype=self.writer.dtype, count=_COPY_ITEMS)):
-                self.writer.add_tokens(tokens)
+        for tokens in read_blocks(tokens_path, self.writer.dtype, _COPY_ITEMS):
+            self.writer.add_tokens(tokens)
         lengths = np.fromfile(lengths_path, dtype="<i4")
         self.writer.add_lengths(lengths, np.ones(len(lengths), dtype=np.int32))
         tokens_path.unlink()
@@ -399,7 +399,7 @@ class _Progress:
         skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.items())
         self._report(
             f"documents={manifest.num_documents} tokens={manifest.num_tokens} "
-            f"bytes_per_token={manifest.text_bytes / manifest.num_tokens:.3f} "
+            f"bytes_per_token={(manifest.text_bytes or 0) / manifest.num_tokens:.3f} "
             f"skipped={skipped or 0} seconds={seconds:.1f} "
             f"MB_per_second={self._done_bytes / 1e6 / max(seconds, 1e-9):.2f}"
         )

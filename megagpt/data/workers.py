@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megagpt.data.encoder import DocumentEncoder
 from megagpt.data.shards import EncodedShard, OnError, Shard, encode_shard
 from megagpt.data.tokenizer import load_tokenizer
-
-_PARENT_CHECK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,10 @@ def encode_in_order(
         return
     # Not forked: the parent may have threads of its own.
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    # The workers hear of the parent's end, however it ends, by the end of this pipe.
+    hearing, alive = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job, os.getpid(), stop)
+        workers, mp_context=context, initializer=_start_worker, initargs=(job, hearing)
     )
     pending: deque[Future[EncodedShard]] = deque()
     is_done = False
@@ -86,29 +85,34 @@ def encode_in_order(
         ) from error
     finally:
         if not is_done:
-            stop.set()  # a worker in the middle of a shard ends at once
+            alive.close()  # a worker in the middle of a shard ends at once
         pool.shutdown(cancel_futures=True)
+        alive.close()
+        hearing.close()
 
 
 _job: EncodingJob | None = None
 _encoder: DocumentEncoder | None = None
 
 
-def _start_worker(job: EncodingJob, parent: int, stop: Event) -> None:
-    # A process pool hands nothing else to its tasks; each worker loads its tokenizer once.
-    global _job, _encoder
+def _start_worker(job: EncodingJob, hearing: Connection) -> None:
+    # A process pool hands nothing else to its tasks.
+    global _job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, args=(parent, stop), daemon=True).start()
-    _job, _encoder = job, job.load_encoder()
+    threading.Thread(target=_end_with_parent, args=(hearing,), daemon=True).start()
+    _job = job
 
 
-def _end_with_parent(parent: int, stop: Event) -> None:
-    while not stop.wait(_PARENT_CHECK_SECONDS) and os.getppid() == parent:
-        pass
+def _end_with_parent(hearing: Connection) -> None:
+    hearing.poll(None)  # nothing is ever sent: this is the end
     os._exit(1)
 
 
 def _encode_in_worker(shard: Shard) -> EncodedShard:
-    assert _job is not None and _encoder is not None
+    # Once in each worker, and here: what fails in a task is told, in an initializer it is not.
+    global _encoder
+    assert _job is not None
+    if _encoder is None:
+        _encoder = _job.load_encoder()
     return _job.encode(shard, _encoder)

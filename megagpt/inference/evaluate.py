@@ -85,8 +85,9 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> SplitText:
         used = documents_of(data, split, source, indexed.num_documents)
         own = [indexed.document(i).astype(np.int64) for i in used]
         documents += own
-        if manifest is not None and len(used) == indexed.num_documents:
-            text_bytes += manifest.text_bytes
+        known = manifest.text_bytes if manifest is not None else None
+        if known is not None and len(used) == indexed.num_documents:
+            text_bytes += known
         else:
             text_bytes += sum(
                 len(tokenizer.decode(d[d != tokenizer.eod].tolist()).encode()) for d in own

@@ -27,11 +27,11 @@ def commands():
 
 
 @lru_cache
-def flags_of(program: str) -> set[str]:
-    """Long flags in the help of a script or installed program."""
+def flags_of(program: str, *subcommand: str) -> set[str]:
+    """Long flags in the help of a script or installed program, or of a command of it."""
     path = ROOT / program
     words = [sys.executable, str(path)] if path.is_file() else [installed(program)]
-    done = subprocess.run([*words, "--help"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words, *subcommand, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", done.stdout))
 
@@ -71,7 +71,8 @@ def test_command_exists_and_takes_its_flags(command, tmp_path, monkeypatch):
         assert set(flags_in(arguments[:end])) <= flags_of(scripts[0])
         arguments = arguments[end + 1 :]
     elif scripts[0] != "launch/pretrain.py":
-        assert set(flags_in(arguments)) <= flags_of(scripts[0])
+        subcommand = arguments[:1] if scripts[0] == "tools/data.py" else []
+        assert set(flags_in(arguments)) <= flags_of(scripts[0], *subcommand)
         return
     # Settings are parsed for real; run.yaml stands for the reader's own file.
     monkeypatch.chdir(ROOT)

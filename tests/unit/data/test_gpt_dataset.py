@@ -134,7 +134,7 @@ def test_one_pair_is_split_and_empty_splits_left_out_or_explained(tmp_path):
         build_datasets(
             DataConfig(path=prefix, split="8,2"), seq_length=4, seed=0, required=("test",)
         )
-    with pytest.raises(ValueError, match="training split is empty"):
+    with pytest.raises(ValueError, match="train split is empty"):
         build_datasets(DataConfig(path=prefix, split="0,1,1"), seq_length=4, seed=0)
 
 

@@ -1,6 +1,8 @@
 """The pair is Megatron's byte for byte; damage is found on opening; writing is all or nothing."""
 
+import hashlib
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -113,10 +115,46 @@ def test_failure_keeps_the_older_pair_and_leaves_nothing_else(tmp_path):
 
 def test_rewriting_removes_the_old_manifest_and_what_a_killed_run_left(tmp_path):
     (tmp_path / "a.manifest.json").write_text("{}")
-    (tmp_path / "a.bin.tmp").write_bytes(b"left by a killed run")
+    (tmp_path / "a.partial").mkdir()
+    for name in ("tokens", "lengths", "counts"):
+        (tmp_path / "a.partial" / name).write_bytes(b"left by a killed run")
     write(tmp_path / "a", DOCUMENTS)
     assert (tmp_path / "a.bin").read_bytes() == GOLDEN_BIN
+    assert (tmp_path / "a.idx").read_bytes() == GOLDEN_IDX
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+@pytest.mark.parametrize("rewound", [False, True])
+def test_checksums_are_of_each_block_of_bin_and_the_hash_is_of_idx(tmp_path, monkeypatch, rewound):
+    monkeypatch.setattr("megagpt.data.indexed_dataset.CHECKSUM_BLOCK_BYTES", 10)
+    documents = [[1, 2, 3], [4] * 9, [], [5, 65_000]]
+    writer = IndexedDatasetWriter(tmp_path / "a", np.dtype("uint16"))
+    for document in documents[:2]:
+        writer.add_document(document)
+    if rewound:
+        state, blocks = writer.state, list(writer.bin_crc32)
+        writer.add_document([7] * 100)
+        writer.close()
+        writer = IndexedDatasetWriter(tmp_path / "a", np.dtype("uint16"), resume=True)
+        writer.rewind(state, blocks)
+    for document in documents[2:]:
+        writer.add_document(document)
+    writer.finish()
+    content = (tmp_path / "a.bin").read_bytes()
+    assert writer.bin_crc32 == [zlib.crc32(content[i : i + 10]) for i in range(0, 28, 10)]
+    assert writer.idx_sha256 == hashlib.sha256((tmp_path / "a.idx").read_bytes()).hexdigest()
+    assert (writer.largest_token, writer.num_tokens, writer.num_documents) == (65_000, 14, 4)
+    read = IndexedDataset(tmp_path / "a")
+    assert [read.document(i).tolist() for i in range(4)] == documents
+
+
+def test_index_of_many_documents_is_written_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagpt.data.indexed_dataset._READ_ITEMS", 3)
+    documents = [[i] * (i % 4) for i in range(20)]
+    write(tmp_path / "a", documents)
+    read = IndexedDataset(tmp_path / "a")
+    assert [read.document(i).tolist() for i in range(20)] == documents
+    read.require_sound()
 
 
 def test_two_writers_of_one_pair_are_refused(tmp_path):

@@ -1,7 +1,10 @@
 """Files to pairs: the tokens of each document, the manifest, and bad input in one line."""
 
+import gzip
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megagpt.data.indexed_dataset import IndexedDataset
 from megagpt.data.manifest import file_sha256, read_manifest
-from megagpt.data.preprocess import preprocess
+from megagpt.data.preprocess import FaultPolicy, preprocess
+from megagpt.data.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = str(ROOT / "tools/preprocess_data.py")
@@ -54,7 +59,7 @@ def test_text_files_are_one_document_each_without_their_byte_order_mark(tmp_path
 
 
 def test_workers_do_not_change_a_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr("megagpt.data.documents.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 2000)
     source = write_jsonl(tmp_path / "a.jsonl", [f"document {i} " * (i % 40) for i in range(400)])
     encode(source, tmp_path / "one")
     encode(source, tmp_path / "two", workers=2)
@@ -89,12 +94,12 @@ def test_bad_input_is_one_line_with_its_place_and_leaves_nothing(tmp_path, name)
 
 
 def test_bad_input_in_a_worker_is_reported_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("megagpt.data.documents.CHUNK_BYTES", 100)
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 100)
     source = write_jsonl(tmp_path / "a.jsonl", ["good text"] * 50)
     source.write_text(source.read_text() + "bad\n" + source.read_text())
     with pytest.raises(ValueError, match=r"a.jsonl:51: invalid JSON"):
         encode(source, tmp_path / "out", workers=2)
-    assert list(tmp_path.iterdir()) == [source]
+    assert not list(tmp_path.glob("out.[bim]*"))
 
 
 def test_text_file_names_the_line_of_broken_utf8(tmp_path):
@@ -105,13 +110,160 @@ def test_text_file_names_the_line_of_broken_utf8(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.jsonl.gz", "unpack it"), ("a.dat", "give --format"), ("missing.txt", "is not a file")],
+    [
+        ("a.parquet", "is parquet, which is not read"),
+        ("a.jsonl.bz2", "is bz2, which is not read"),
+        ("a.dat", "give --format"),
+        ("missing.txt", "is not a file"),
+        ("missing*.txt", "is not a file"),
+    ],
 )
 def test_files_that_are_not_read_are_refused_before_anything(tmp_path, name, message):
     if not name.startswith("missing"):
         (tmp_path / name).write_text("text")
     with pytest.raises(ValueError, match=message):
         encode(tmp_path / name, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def pack(path, packing):
+    content = path.read_bytes()
+    packed = path.with_name(path.name + packing)
+    # Two frames, as parallel packers write them.
+    half = len(content) // 2
+    compress = gzip.compress if packing == ".gz" else zstandard.ZstdCompressor().compress
+    packed.write_bytes(compress(content[:half]) + compress(content[half:]))
+    path.unlink()
+    return packed
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_packed_files_give_the_same_pair(tmp_path, packing):
+    texts = [f"document {i} " * (i % 40) for i in range(200)]
+    encode(write_jsonl(tmp_path / "plain.jsonl", texts), tmp_path / "one")
+    encode(pack(write_jsonl(tmp_path / "a.jsonl", texts), packing), tmp_path / "two", workers=2)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (
+            tmp_path / f"two.{suffix}"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damaged_packed_files_are_named(tmp_path, packing, damage):
+    words = random.Random(0).choices("to be or not that is the question".split(), k=20_000)
+    packed = pack(write_jsonl(tmp_path / "a.jsonl", [" ".join(words)] * 2), packing)
+    content = bytearray(packed.read_bytes())
+    if damage == "cut":
+        del content[-20:]
+    else:
+        content[len(content) // 4] ^= 0xFF
+        content[len(content) // 3] ^= 0xFF
+    packed.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a.jsonl{packing} is cut off or damaged|a.jsonl.*:1: "):
+        encode(packed, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [packed]
+
+
+def test_globs_are_read_in_order_of_name_and_no_file_twice(tmp_path):
+    for name in "cab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [name])
+    encode(tmp_path / "*.jsonl", tmp_path / "out")
+    read = IndexedDataset(tmp_path / "out")
+    assert [chr(read.document(i)[0]) for i in range(3)] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="b.jsonl is named twice"):
+        preprocess(
+            [tmp_path / "*.jsonl", tmp_path / "b.jsonl"], tmp_path / "x", tokenizer_path="byte"
+        )
+
+
+def test_every_line_is_in_one_shard_wherever_the_cuts_fall(tmp_path, monkeypatch):
+    texts = ["x" * (i % 7) + f"{i}" for i in range(15)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source.write_bytes(source.read_bytes().rstrip(b"\n"))  # the last line has no end
+    for size in (1, 7, 18, 19, 20, 10_000):
+        monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", size)
+        encode(source, tmp_path / "out")
+        read = IndexedDataset(tmp_path / "out")
+        found = [bytes(read.document(i)[:-1].astype("u1")).decode() for i in range(len(read))]
+        assert found == texts
+
+
+def test_many_small_files_share_a_shard_and_each_keeps_its_line_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 100)
+    for number in range(30):
+        write_jsonl(tmp_path / f"{number:02d}.jsonl", ["some text", "more"])
+    manifest = encode(tmp_path / "*.jsonl", tmp_path / "out", workers=2)
+    assert manifest.num_documents == 60
+    assert [Path(source.path).name for source in manifest.sources] == [
+        f"{number:02d}.jsonl" for number in range(30)
+    ]
+    (tmp_path / "17.jsonl").write_text('{"text": "good"}\nbad\n')
+    with pytest.raises(ValueError, match=r"17.jsonl:2: invalid JSON"):
+        encode(tmp_path / "*.jsonl", tmp_path / "other")
+
+
+def test_skip_leaves_bad_documents_out_and_counts_them_by_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 200)
+    good = [json.dumps({"text": f"good {i}"}).encode() for i in range(60)]
+    bad = [b"{", b'{"body": 1}', b'{"text": 1}', b'{"text": "\\ud800"}', b'{"text": "\xff"}', b"[]"]
+    lines = good[:30] + bad + [b'{"text": ""}'] + good[30:]
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    policy = FaultPolicy("skip", largest_skipped_share=0.1)
+    manifest = encode(source, tmp_path / "out", faults=policy, report=said.append)
+    assert manifest.num_documents == 60
+    assert manifest.skipped == {
+        "invalid JSON": 1,
+        'no key "text"': 1,
+        "no string": 1,
+        "lone surrogate": 1,
+        "invalid UTF-8": 1,
+        "no JSON object": 1,
+        "no text": 1,
+    }
+    places = [line for line in said if line.startswith("left out:")]
+    assert len(places) == 6 and f"{source}:31: invalid JSON" in places[0]
+    assert f"{source}:36: list instead" in places[-1]
+    with pytest.raises(ValueError, match=r"6 of 66 documents are bad .*allowed is a share of 0.05"):
+        encode(source, tmp_path / "other", faults=FaultPolicy("skip", 0.05))
+    assert not list(tmp_path.glob("other.bin"))
+
+
+def test_all_documents_empty_is_an_error_under_skip_too(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["", " "])
+    with pytest.raises(ValueError, match="the input holds no text"):
+        encode(source, tmp_path / "out", faults=FaultPolicy("skip"))
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_one_document_of_two_megabytes(tmp_path):
+    text = "long " * 400_000
+    encode(write_jsonl(tmp_path / "a.jsonl", [text, "short"]), tmp_path / "out", workers=2)
+    read = IndexedDataset(tmp_path / "out")
+    assert len(read.document(0)) == len(text) + 1 and len(read.document(1)) == 6
+
+
+def test_failed_write_is_one_line_and_the_older_pair_stays(tmp_path):
+    # A limit on the size of files stands for a full disk: write() fails in the same way.
+    encode(write_jsonl(tmp_path / "old.jsonl", ["old"]), tmp_path / "out")
+    before = (tmp_path / "out.bin").read_bytes()
+    source = write_jsonl(tmp_path / "a.jsonl", ["some text " * 100] * 3000)
+    command = f"ulimit -f 1000; exec {sys.executable} {TOOL} --input {source} --tokenizer byte"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --output_prefix {tmp_path / 'out'}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "out.bin").read_bytes() == before
+    assert read_manifest(tmp_path / "out") is not None
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_manifest_refuses_files_of_another_size(tmp_path):
@@ -178,21 +330,91 @@ def test_command_imports_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
 
 
-def test_terminated_command_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGKILL, 2)])
+def test_ended_command_leaves_no_pair_and_goes_on_where_it_was(tmp_path, number, workers):
     source = tmp_path / "a.jsonl"
-    with source.open("w") as file:
-        line = json.dumps({"text": "some words to encode " * 500}) + "\n"
-        for _ in range(3000):
-            file.write(line)
+    texts = [f"{i} " + "some words to encode " * 500 for i in range(8000)]
+    write_jsonl(source, texts)
+    arguments = ["--input", source, "--output_prefix", tmp_path / "out", "--tokenizer", "byte"]
+    command = [sys.executable, TOOL, *map(str, arguments), "--workers", str(workers)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, TOOL, "--input", str(source), "--output_prefix", str(tmp_path / "out")]
-        + ["--tokenizer", "byte"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
+        command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "out.bin.tmp").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == [source]
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if journal.exists() and len(journal.read_text().splitlines()) > 2:
+            break
+        time.sleep(0.002)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    while _session_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _session_lives(process.pid)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.partial"]
+    num_done = len(journal.read_text().splitlines()) - 1
+    assert 2 <= num_done < 6
+    done = run_tool(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {tmp_path / 'out.partial'}: {num_done} of 6 shards" in done.stderr
+    encode(source, tmp_path / "straight")
+    for suffix in ("bin", "idx", "manifest.json"):
+        ended, straight = (tmp_path / f"{name}.{suffix}" for name in ("out", "straight"))
+        assert ended.read_bytes() == straight.read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def _session_lives(leader):
+    """Whether a process of the session is there that is not about to be reaped."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            return True
+    return False
+
+
+def test_changed_input_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 100)
+    source = write_jsonl(tmp_path / "a.jsonl", ["good text"] * 50)
+    source.write_text(source.read_text() + "bad\n")
+    said: list[str] = []
+    with pytest.raises(ValueError, match="a.jsonl:51"):
+        encode(source, tmp_path / "out", report=said.append)
+    assert "the same command goes on from there" in said[-1]
+    # Skipping is no other job; other text is.
+    policy = FaultPolicy("skip", 1.0)
+    assert encode(source, tmp_path / "out", faults=policy, report=said.append).num_documents == 50
+    assert any(line.startswith("going on from") for line in said)
+    with pytest.raises(ValueError, match="a.jsonl:51"):
+        encode(source, tmp_path / "out")
+    write_jsonl(source, ["other"] * 3)
+    said.clear()
+    assert encode(source, tmp_path / "out", report=said.append).num_documents == 3
+    assert any(line.startswith("starting anew") for line in said)
+
+
+def test_killed_worker_ends_the_command_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 1 << 20)
+    source = write_jsonl(tmp_path / "a.jsonl", ["some text " * 1000] * 3000)
+
+    def kill_one(line):
+        if line.startswith("encoded"):
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    monkeypatch.setattr("megagpt.data.preprocess._PROGRESS_SECONDS", 0.0)
+    with pytest.raises(ValueError, match=r"one of workers=2 was killed"):
+        encode(source, tmp_path / "out", workers=2, report=kill_one)
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_tokenizer_that_fails_in_a_worker_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 100)
+    source = write_jsonl(tmp_path / "a.jsonl", ["good text"] * 50)
+    monkeypatch.setattr(ByteTokenizer, "path", "gone.model")
+    with pytest.raises(ValueError, match=r"no tokenizer at gone.model"):
+        encode(source, tmp_path / "out", workers=2)

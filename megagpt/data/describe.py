@@ -1,0 +1,173 @@
+"""What is in a pair, in a blend, and in a step of a run, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.config.schema import Config
+from megagpt.data.blended_dataset import BlendedDataset
+from megagpt.data.datasets import Dataset, build_datasets, first_prefix
+from megagpt.data.gpt_dataset import GPTDataset
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.manifest import read_manifest
+
+_BAR_WIDTH = 50
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """Documents of a range of lengths."""
+
+    shortest: int
+    """Tokens."""
+    longest: int
+    num_documents: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class BlendShare:
+    """What one member gives to a run."""
+
+    prefix: str
+    weight: float
+    """Share of the samples asked for."""
+    num_samples: int
+    epochs: float
+    """How often the run goes through the member."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens of one document in a sample."""
+
+    sample: int
+    """Number in the training order, from 0."""
+    row: int
+    """Place in the global batch."""
+    prefix: str
+    document: int
+    offset: int
+    """First token in the document."""
+    tokens: np.ndarray
+
+
+def length_histogram(indexed: IndexedDataset) -> list[LengthBin]:
+    """Documents by length, in powers of two; documents without tokens come first."""
+    lengths = np.diff(indexed.document_offsets())
+    # 0, 1, 2-3, 4-7, ...: the number of binary digits.
+    digits = np.zeros(len(lengths), dtype=np.int64)
+    with_text = lengths > 0
+    digits[with_text] = np.floor(np.log2(lengths[with_text])).astype(np.int64) + 1
+    return [
+        LengthBin(
+            shortest=(1 << digit) >> 1,
+            longest=max((1 << digit) - 1, 0),
+            num_documents=int(np.sum(digits == digit)),
+            num_tokens=int(lengths[digits == digit].sum()),
+        )
+        for digit in range(int(digits.max(initial=-1)) + 1)
+        if np.any(digits == digit)
+    ]
+
+
+def histogram_lines(bins: list[LengthBin]) -> list[str]:
+    """The histogram drawn in characters."""
+    largest = max((each.num_documents for each in bins), default=1)
+    return [
+        f"{each.shortest:>9} to {each.longest:<9} {each.num_documents:>10} documents "
+        f"{each.num_tokens:>14} tokens "
+        + "#"
+        * max(1, round(_BAR_WIDTH * each.num_documents / largest))
+        for each in bins
+    ]
+
+
+def draw_histogram(bins: list[LengthBin], title: str, path: Path) -> None:
+    """The histogram as a picture.
+
+    Raises:
+        ValueError: If matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--picture needs matplotlib; pip install matplotlib") from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar([str(each.shortest) for each in bins], [each.num_documents for each in bins])
+    axes.set(title=title, xlabel="tokens in the document, at least", ylabel="documents")
+    axes.tick_params(axis="x", rotation=60)
+    figure.savefig(path)
+
+
+def open_training(config: Config) -> Dataset:
+    """The training set of a run's configuration, as the trainer opens it.
+
+    Raises:
+        ValueError: See `build_datasets`.
+    """
+    return build_datasets(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.training.seed,
+        vocab_size=config.model.vocab_size,
+        train_samples=config.training.train_steps * config.batch.global_batch_size,
+    )["train"]
+
+
+def blend_shares(config: Config) -> list[BlendShare]:
+    """What each training pair gives to a whole run."""
+    dataset = open_training(config)
+    total = config.training.train_steps * config.batch.global_batch_size
+    if isinstance(dataset, GPTDataset):
+        return [BlendShare(dataset.indexed.prefix, 1.0, total, total / len(dataset))]
+    assert isinstance(dataset, BlendedDataset)
+    return [
+        BlendShare(member.indexed.prefix, float(share), int(count), int(count) / len(member))
+        for member, share, count in zip(
+            dataset.datasets, dataset.blend.shares, dataset.counts(total), strict=True
+        )
+    ]
+
+
+def locate(config: Config, step: int) -> Iterator[Piece]:
+    """The documents that a step trains on, sample by sample.
+
+    Args:
+        config: Of the run.
+        step: Optimizer step, from 1.
+
+    Raises:
+        ValueError: If the run has no such step.
+    """
+    if not 1 <= step <= config.training.train_steps:
+        raise ValueError(
+            f"step={step} is not one of the run's, 1 to {config.training.train_steps}; name one"
+        )
+    dataset = open_training(config)
+    size = config.batch.global_batch_size
+    for row, sample in enumerate(range((step - 1) * size, step * size)):
+        member, number = dataset, sample
+        if isinstance(dataset, BlendedDataset):
+            place, number = dataset.locate(sample)
+            member = dataset.datasets[place]
+        assert isinstance(member, GPTDataset)
+        indexed = member.indexed
+        for sequence, skip, count in member.pieces(number):
+            document = int(np.searchsorted(indexed.document_indices, sequence, "right")) - 1
+            first = int(indexed.document_indices[document])
+            before = indexed.num_tokens_between(first, sequence)
+            tokens = indexed[sequence][skip : skip + count]
+            yield Piece(sample, row, indexed.prefix, document, before + skip, tokens)
+
+
+def data_tokenizer_path(config: Config) -> str | None:
+    """The tokenizer of a run's data; None where neither configuration nor manifest names one."""
+    prefix = first_prefix(config.data)
+    manifest = read_manifest(prefix) if prefix else None
+    return config.data.tokenizer_path or (manifest.tokenizer_path if manifest else None)
