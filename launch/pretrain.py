@@ -5,7 +5,7 @@ The same script runs under `deepspeed`, `torchrun` and plain `python`.
 
 import sys
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.training.pretrain import pretrain
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megagpt.config.command_line import parse_config, run_command
+from megagpt.config.command import run_command
+from megagpt.config.command_line import parse_config
 from megagpt.config.schema import Config
 from megagpt.data.describe import (
     blend_shares,

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from megagpt.checkpoint.state import find_checkpoint, read_state
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.data.compression import baselines
 from megagpt.data.documents import read_documents
 from megagpt.data.manifest import file_sha256, read_manifest, write_json

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.data.manifest import write_json
 from megagpt.inference.evaluate import evaluate, read_split
 from megagpt.inference.load import load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.inference.generate import Sampling, generate
 from megagpt.inference.load import load
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.data.native import load_native
 from megagpt.operations.prebuild import prebuild
 

@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.data.corpus import find_near_duplicates, remove_shared_passages, shingles
 from megagpt.data.manifest import file_sha256, write_atomically, write_json
 

@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.data.preprocess import FaultPolicy, preprocess, report_to_stderr
 
 

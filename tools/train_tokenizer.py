@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.data.documents import read_documents
 from megagpt.data.tokenizer import train_sentencepiece
 

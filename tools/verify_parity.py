@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megagpt.config.command_line import parse_config, run_command
+from megagpt.config.command import run_command
+from megagpt.config.command_line import parse_config
 from megagpt.config.layout import WORDS
 from megagpt.training.parity import compare_layouts, record_curve
 

@@ -11,11 +11,8 @@ import dataclasses
 import difflib
 import inspect
 import math
-import os
-import sys
-import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,52 +20,13 @@ from typing import Any
 import jsonargparse
 import yaml  # type: ignore[import-untyped]
 
+from megagpt.config.command import UsageError
 from megagpt.config.deepspeed_config import DEFAULT_DS_CONFIG, read_ds_config
 from megagpt.config.presets import PRESETS
 from megagpt.config.schema import Config
 
-EXIT_ERROR = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-TRACEBACK_VARIABLE = "MEGAGPT_TRACEBACK"
-"""Environment variable; 1 shows the traceback of an error too."""
-
 _VALUE_OPTIONS = ("config", "preset", "ds_config", "local_rank", "local-rank")
 _SWITCHES = ("print_config", "help")
-
-
-class UsageError(ValueError):
-    """The command line itself is wrong; the exit code is 2."""
-
-
-def run_command(main: Callable[[list[str]], int | None]) -> int:
-    """Runs a command on `sys.argv` and turns a user's error into one line on stderr.
-
-    With MEGAGPT_TRACEBACK=1 in the environment the traceback is shown as well.
-
-    Args:
-        main: Takes the arguments, returns an exit code or None for 0.
-
-    Returns:
-        The exit code: main's, 1 for an error, 2 for a wrong command line, 130 when interrupted.
-    """
-    try:
-        return main(sys.argv[1:]) or 0
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        if os.environ.get(TRACEBACK_VARIABLE) == "1":
-            traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            return EXIT_INTERRUPTED
-        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build_parser() -> jsonargparse.ArgumentParser:

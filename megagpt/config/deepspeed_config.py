@@ -135,9 +135,9 @@ def format_resolved_table(
 
     A default that was filled in after parsing (the vocabulary, from the data) counts as derived.
     """
-    defaults = dict(_leaves(dataclasses.asdict(Config())))
+    defaults = dict(_settings(Config()))
     rows = [("key", "value", "source")]
-    for key, value in _leaves(dataclasses.asdict(config)):
+    for key, value in _settings(config):
         source = config_sources.get(key, "default")
         if source == "default" and value != defaults[key]:
             source = "derived"
@@ -150,6 +150,16 @@ def format_resolved_table(
         rows.append((f"ds_config.{key}", _show(value), source))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{k:<{widths[0]}}  {v:<{widths[1]}}  {s}" for k, v, s in rows)
+
+
+def _settings(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a configuration by its dotted key; a setting may itself be a mapping."""
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
 
 
 class _Resolver:

@@ -1,8 +1,9 @@
 """Which member of a blend gives position i, and which of its samples.
 
-Sample k of a member with weight w is due at (k + 1/2) / w, and positions go by due time. So the
-blend of any position can be found without those before it: there is nothing to build, to keep or to
-reload, and a longer run changes nothing. Next file: `blended_dataset.py`.
+Sample k of member d with weight w is due at (k + p) / w, where the phase p of the d-th member keeps
+members of one weight from being due together; positions go by due time. So the blend of any
+position can be found without those before it: there is nothing to build, to keep or to reload, and
+a longer run changes nothing. Next file: `blended_dataset.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megagpt.data.native import address, load_native
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class Blend:
@@ -27,6 +30,8 @@ class Blend:
         shares = np.asarray(weights, dtype=np.float64)
         self.shares = shares / shares.sum()
         self._periods = 1.0 / self.shares
+        # Multiples of the golden ratio, modulo 1, lie evenly however many there are.
+        self._phases = (0.5 + np.arange(len(shares)) * _GOLDEN_RATIO) % 1.0
 
     def slice(self, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions begin to begin + count - 1.
@@ -49,13 +54,17 @@ class Blend:
 
     def _counts_before(self, time: float) -> np.ndarray:
         """Samples of each member that are due before a time: [m], int64."""
-        counts = np.maximum(np.floor(time * self.shares + 0.5), 0).astype(np.int64)
+        counts = np.maximum(np.ceil(time * self.shares - self._phases), 0).astype(np.int64)
         # Rounding: the due times, as they are computed everywhere, decide.
-        while np.any(late := (counts > 0) & ((counts - 0.5) * self._periods >= time)):
+        while np.any(late := (counts > 0) & (self._due(counts - 1) >= time)):
             counts -= late
-        while np.any(early := (counts + 0.5) * self._periods < time):
+        while np.any(early := self._due(counts) < time):
             counts += early
         return counts
+
+    def _due(self, counts: np.ndarray) -> np.ndarray:
+        """When each member's next sample is due after so many: [m]."""
+        return (counts + self._phases) * self._periods
 
     def _walk(self, counts: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The next positions after members have had so many samples."""
@@ -67,6 +76,7 @@ class Blend:
         counts = counts.copy()  # counted on in place
         library.megagpt_blend(
             address(self._periods),
+            address(self._phases),
             address(counts),
             len(counts),
             count,
@@ -82,7 +92,8 @@ class Blend:
         members = np.repeat(np.arange(len(counts)), numbers)
         firsts = np.repeat(counts - (np.cumsum(numbers) - numbers), numbers)
         samples = firsts + np.arange(len(members))
-        order = np.lexsort((members, (samples + 0.5) * self._periods[members]))[:count]
+        due = (samples + self._phases[members]) * self._periods[members]
+        order = np.lexsort((members, due))[:count]
         return members[order].astype(np.int32), samples[order]
 
 
@@ -99,6 +110,8 @@ def megatron_blend(weights: Sequence[float], count: int) -> tuple[np.ndarray, np
     Source: Megatron-LM, megatron/core/datasets/helpers.cpp, build_blending_indices.
     """
     shares = np.asarray(weights, dtype=np.float64)
+    # Twice, and it rounds twice: in Megatron's builder and in its blended dataset.
+    shares = shares / shares.sum()
     shares = shares / shares.sum()
     members = np.empty(count, dtype=np.int32)
     samples = np.empty(count, dtype=np.int64)

@@ -253,7 +253,8 @@ def _megatron_order(
             "data.order=megatron needs the weight of each pair of a blend; write the data as "
             "{prefix: weight}, as in the Megatron run"
         )
-    share = source.weight / math.fsum(weight or 0.0 for weight in weights)
+    # As Megatron rounds it.
+    share = source.weight / float(np.sum(np.array(weights, dtype=np.float64)))
     return MegatronOrder(sequences, math.ceil(math.ceil(train_samples * share) * _MEGATRON_SURPLUS))
 
 

@@ -142,6 +142,8 @@ def native_bpe_problem(tokenizer: SentencePieceTokenizer) -> str | None:
         return "the model has no piece for a space"
     if any(piece.type == _UNUSED for piece in pieces):
         return "the model has unused pieces"
+    if any("\0" in piece.piece for piece in pieces):
+        return "the model has a piece of NUL, which SentencePiece cuts off"
     if any(piece.type == _USER_DEFINED and " " in piece.piece for piece in pieces):
         return "the model has user-defined pieces with a space"
     if load_native() is None:

@@ -16,7 +16,7 @@ import numpy as np
 from megagpt.data.index_cache import IndexCache, pair_identity
 from megagpt.data.indexed_dataset import IndexedDataset, bin_path, dtype_code
 from megagpt.data.native import address, load_native
-from megagpt.data.order import SampleIndex, epoch_index, megatron_index
+from megagpt.data.order import SAMPLES_PER_MARK, SampleIndex, epoch_index, megatron_index
 
 PAD = -1
 """Stands where a sample has no token."""
@@ -82,7 +82,7 @@ class GPTDataset:
             else range(*indexed.sequence_bounds(documents.start, documents.stop))
         )
         self.num_tokens = indexed.num_tokens_between(self.sequences.start, self.sequences.stop)
-        needed = seq_length + 1 if shuffle else 2
+        needed = seq_length + 1 if shuffle and megatron is None else 2
         if self.num_tokens < needed:
             raise ValueError(
                 f"model.seq_length={seq_length} needs at least {needed} tokens in the "
@@ -95,7 +95,7 @@ class GPTDataset:
         self._epochs: dict[int, SampleIndex] = {}
         self._epoch(0)  # a damaged index is found before training
         if megatron is not None:
-            self.samples_per_epoch = len(self._epoch(0).samples)
+            self.samples_per_epoch = len(self._epoch(0).order)
 
     def __len__(self) -> int:
         """Samples of one epoch; in training order higher indices go on into the next epochs."""
@@ -124,8 +124,10 @@ class GPTDataset:
             ValueError: If a token is not in the vocabulary, or the pair is damaged.
         """
         numbers = np.asarray(indices, dtype=np.int64)
+        shape = (len(numbers), self.seq_length + 1)
         if out is None:
-            out = np.empty((len(numbers), self.seq_length + 1), dtype=np.int64)
+            out = np.empty(shape, dtype=np.int64)
+        assert out.shape == shape and out.dtype == np.int64, f"out must be int64 of {shape}"
         epochs, positions = np.divmod(numbers, self.samples_per_epoch)
         is_endless = self.shuffle and self.megatron is None
         if len(numbers) and (epochs.min() < 0 or (not is_endless and epochs.max() > 0)):
@@ -150,23 +152,41 @@ class GPTDataset:
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """What a sample is made of: sequence, first token in it and number of tokens, in order."""
         epoch, position = divmod(index, self.samples_per_epoch)
-        order = self._epoch(epoch)
-        place, skip = (int(value) for value in order.samples[position])
+        return self._pieces(self._epoch(epoch), position)
+
+    def _pieces(self, index: SampleIndex, position: int) -> list[tuple[int, int, int]]:
+        number = int(index.order[position])
+        if number >= len(index.order):
+            self._raise_damaged()
+        mark, after = divmod(number, SAMPLES_PER_MARK)
+        place, skip = (int(value) for value in index.marks[mark])
+        skip += after * self.seq_length
         pieces: list[tuple[int, int, int]] = []
         left = self.seq_length + 1
-        while left and place < len(order.sequences):
-            sequence = int(order.sequences[place])
-            taken = min(left, int(self.indexed.sequence_lengths[sequence]) - skip)
-            pieces.append((sequence, skip, taken))
-            left -= taken
-            place, skip = place + 1, 0
+        while left and place < len(index.sequences):
+            sequence = int(index.sequences[place])
+            if sequence >= self.indexed.num_sequences:
+                self._raise_damaged()
+            length = int(self.indexed.sequence_lengths[sequence])
+            pointer = int(self.indexed.sequence_pointers[sequence])
+            last = self.indexed.num_tokens - length
+            first, rest = divmod(pointer, self.indexed.dtype.itemsize)
+            if length < 0 or pointer < 0 or rest or first > last:
+                self._raise_damaged()
+            if skip >= length:
+                skip -= length
+            else:
+                pieces.append((sequence, skip, min(left, length - skip)))
+                left -= pieces[-1][2]
+                skip = 0
+            place += 1
         return pieces
 
-    def _fill(self, order: SampleIndex, positions: np.ndarray, out: np.ndarray) -> int:
+    def _fill(self, index: SampleIndex, positions: np.ndarray, out: np.ndarray) -> int:
         """Fills rows with samples of one epoch; returns the largest token."""
         library = load_native()
         if library is None:
-            return self._fill_in_python(order, positions, out)
+            return self._fill_in_python(index, positions, out)
         indexed = self.indexed
         largest = library.megagpt_gather(
             indexed.tokens_address,
@@ -176,12 +196,15 @@ class GPTDataset:
             indexed.lengths_address,
             indexed.pointers_address,
             indexed.num_sequences,
-            address(order.sequences),
-            len(order.sequences),
-            address(order.samples),
+            address(index.sequences),
+            len(index.sequences),
+            address(index.order),
+            len(index.order),
+            address(index.marks),
+            SAMPLES_PER_MARK,
             address(positions),
             len(positions),
-            self.seq_length + 1,
+            self.seq_length,
             PAD,
             address(out),
         )
@@ -189,22 +212,18 @@ class GPTDataset:
             self._raise_damaged()
         return largest
 
-    def _fill_in_python(self, order: SampleIndex, positions: np.ndarray, out: np.ndarray) -> int:
+    def _fill_in_python(self, index: SampleIndex, positions: np.ndarray, out: np.ndarray) -> int:
         indexed = self.indexed
         out[:] = PAD
+        is_negative = False
         for row, position in zip(out, positions, strict=True):
-            place, skip = (int(value) for value in order.samples[position])
             filled = 0
-            while filled < len(row) and place < len(order.sequences):
-                sequence = int(order.sequences[place])
-                if sequence >= indexed.num_sequences:
-                    self._raise_damaged()
-                tokens = indexed[sequence][skip : skip + len(row) - filled]
-                row[filled : filled + len(tokens)] = tokens
-                filled += len(tokens)
-                place, skip = place + 1, 0
-            if filled and row[:filled].min() < 0:
-                return int(np.iinfo(np.int64).max)
+            for sequence, skip, count in self._pieces(index, int(position)):
+                row[filled : filled + count] = indexed[sequence][skip : skip + count]
+                filled += count
+            is_negative = is_negative or bool(filled and row[:filled].min() < 0)
+        if is_negative:
+            return int(np.iinfo(np.int64).max)
         return int(out.max(initial=PAD))
 
     def _raise_damaged(self) -> None:
@@ -218,7 +237,9 @@ class GPTDataset:
             # A batch may straddle two epochs; older ones are not needed again.
             self._epochs = {n: order for n, order in self._epochs.items() if n == number - 1}
             self._epochs[number] = self._cache.get(
-                {**self._order_key(), "epoch": number}, self._builder(number)
+                {**self._order_key(), "epoch": number},
+                self._builder(number),
+                num_bytes=4 * (len(self.sequences) + self.samples_per_epoch),
             )
         return self._epochs[number]
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megagpt.data.indexed_dataset import IndexedDataset
 from megagpt.data.manifest import file_sha256, manifest_path
 from megagpt.data.order import SampleIndex
 
 _VERSION = 1
+_ARRAYS = ("sequences", "order", "marks")
 # A smaller index is built in about the time that it takes to open one.
 SMALLEST_CACHED_BYTES = 1 << 20
 
@@ -41,14 +42,17 @@ class IndexCache:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
 
-    def get(self, key: dict[str, Any], build: Callable[[], SampleIndex]) -> SampleIndex:
+    def get(
+        self, key: dict[str, Any], build: Callable[[], SampleIndex], *, num_bytes: int
+    ) -> SampleIndex:
         """The index of a key, from disk or built; one process of a node builds, others wait.
 
         Args:
             key: Everything that the index depends on.
             build: Makes it.
+            num_bytes: About how large it is; a small one is always built.
         """
-        if self.directory is None:
+        if self.directory is None or num_bytes < SMALLEST_CACHED_BYTES:
             return build()
         text = json.dumps({"version": _VERSION, **key}, sort_keys=True)
         entry = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -61,8 +65,6 @@ class IndexCache:
                 if found is not None:
                     return found
                 index = build()
-                if index.samples.nbytes + index.sequences.nbytes < SMALLEST_CACHED_BYTES:
-                    return index
                 _write_entry(entry, index, text)
                 return _open_entry(entry) or index
         except OSError as error:
@@ -78,13 +80,14 @@ class IndexCache:
 def pair_identity(indexed: IndexedDataset) -> dict[str, Any]:
     """What tells the content of a pair from any other at that place, without reading it."""
     manifest = manifest_path(indexed.prefix)
-    identity: dict[str, Any] = {
+    return {
         "manifest": file_sha256(manifest) if manifest.is_file() else None,
+        "modified_ns": indexed.modified_ns,
+        "num_tokens": indexed.num_tokens,
+        "num_sequences": indexed.num_sequences,
+        "num_documents": indexed.num_documents,
+        "dtype": indexed.dtype.name,
     }
-    for path in (bin_path(indexed.prefix), idx_path(indexed.prefix)):
-        stat = path.stat()
-        identity[path.suffix] = [stat.st_size, stat.st_mtime_ns]
-    return identity
 
 
 @contextlib.contextmanager
@@ -103,10 +106,15 @@ def _open_entry(entry: Path) -> SampleIndex | None:
     if not entry.is_dir():
         return None
     try:
-        sequences = np.load(entry / "sequences.npy", mmap_mode="r", allow_pickle=False)
-        samples = np.load(entry / "samples.npy", mmap_mode="r", allow_pickle=False)
-        if sequences.dtype == samples.dtype == np.uint32 and samples.shape[1:] == (2,):
-            return SampleIndex(sequences, samples)
+        index = SampleIndex(
+            **{
+                name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in _ARRAYS
+            }
+        )
+        shapes = json.loads((entry / "shapes.json").read_text())
+        if shapes == _shapes(index) and all(a.dtype == np.uint32 for a in _arrays(index)):
+            return index
         reason = "of another form"
     except (OSError, ValueError, EOFError) as error:
         reason = str(error)
@@ -115,13 +123,22 @@ def _open_entry(entry: Path) -> SampleIndex | None:
     return None
 
 
+def _arrays(index: SampleIndex) -> list[np.ndarray]:
+    return [getattr(index, name) for name in _ARRAYS]
+
+
+def _shapes(index: SampleIndex) -> list[list[int]]:
+    return [list(array.shape) for array in _arrays(index)]
+
+
 def _write_entry(entry: Path, index: SampleIndex, key: str) -> None:
     temporary = entry.with_name(f"{entry.name}.tmp{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         (temporary / "key.json").write_text(key + "\n")
-        for name, array in (("sequences", index.sequences), ("samples", index.samples)):
+        (temporary / "shapes.json").write_text(json.dumps(_shapes(index)) + "\n")
+        for name, array in zip(_ARRAYS, _arrays(index), strict=True):
             with (temporary / f"{name}.npy").open("wb") as file:
                 np.save(file, array, allow_pickle=False)
                 file.flush()

@@ -80,6 +80,7 @@ class IndexedDataset:
         num_documents: Documents.
         num_tokens: Tokens of the whole pair.
         tokens: [num_tokens], dtype; all tokens back to back.
+        modified_ns: When .bin and .idx were written, as the file system said on opening.
         sequence_lengths: [num_sequences], int32, in tokens.
         sequence_pointers: [num_sequences], int64, byte offsets into .bin.
         document_indices: [num_documents + 1], int64, first sequence of each document.
@@ -101,7 +102,8 @@ class IndexedDataset:
                     "(the demo's data: make demo)"
                 )
         remake = "make the pair again with tools/preprocess_data.py"
-        index_bytes = index_path.stat().st_size
+        index_stat = index_path.stat()
+        index_bytes = index_stat.st_size
         with index_path.open("rb") as file:
             header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
@@ -132,7 +134,9 @@ class IndexedDataset:
         self.sequence_pointers: np.ndarray = mapped[lengths_end:pointers_end].view("<i8")
         self.document_indices: np.ndarray = mapped[pointers_end:].view("<i8")
 
-        tokens_bytes = tokens_path.stat().st_size
+        tokens_stat = tokens_path.stat()
+        tokens_bytes = tokens_stat.st_size
+        self.modified_ns = (tokens_stat.st_mtime_ns, index_stat.st_mtime_ns)
         indexed_bytes = 0
         if num_sequences:
             last_bytes = int(self.sequence_lengths[-1]) * self.dtype.itemsize

@@ -47,6 +47,7 @@ def document_boundaries(tokens: np.ndarray, eod: int) -> tuple[np.ndarray, np.nd
         document i is tokens offsets[i] to offsets[i + 1], as variable-length attention takes them
         (`cu_seqlens`).
     """
+    assert tokens.dtype == np.int64, f"tokens are {tokens.dtype}, not int64"
     library = load_native()
     num_samples, length = tokens.shape
     if library is not None:

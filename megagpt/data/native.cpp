@@ -560,22 +560,34 @@ int64_t megagpt_bpe_encode(void* bpe, const uint8_t* text, const int64_t* offset
 int64_t megagpt_gather(const uint8_t* bin, int64_t num_tokens, int32_t dtype_code,
                        int32_t token_bytes, const uint8_t* lengths, const uint8_t* pointers,
                        int64_t num_all, const uint32_t* sequences, int64_t num_sequences,
-                       const uint32_t* samples,
-                       const int64_t* indices, int64_t num_samples, int64_t count, int64_t pad,
-                       int64_t* out) {
+                       const uint32_t* order, int64_t num_order, const uint32_t* marks,
+                       int64_t samples_per_mark, const int64_t* indices, int64_t num_samples, int64_t seq_length,
+                       int64_t pad, int64_t* out) {
+  const int64_t count = seq_length + 1;
   int64_t largest = -1;
   for (int64_t n = 0; n < num_samples; ++n) {
-    int64_t place = samples[2 * indices[n]], skip = samples[2 * indices[n] + 1];
+    const int64_t number = order[indices[n]], mark = number / samples_per_mark;
+    if (number >= num_order) return -2;
+    int64_t place = marks[2 * mark];
+    int64_t skip = marks[2 * mark + 1] + number % samples_per_mark * seq_length;
     int64_t* row = out + n * count;
     int64_t filled = 0;
-    for (; filled < count && place < num_sequences; ++place, skip = 0) {
+    for (; filled < count && place < num_sequences; ++place) {
       const int64_t sequence = sequences[place];
       if (sequence >= num_all) return -2;
-      const int64_t start = load<int64_t>(pointers, sequence) / token_bytes + skip;
-      const int64_t taken = std::min(load<int32_t>(lengths, sequence) - skip, count - filled);
-      if (taken < 0 || start < 0 || start + taken > num_tokens) return -2;
-      largest = std::max(largest, copy_tokens_of(dtype_code, bin, start, taken, row + filled));
+      const int64_t length = load<int32_t>(lengths, sequence);
+      const int64_t pointer = load<int64_t>(pointers, sequence), first = pointer / token_bytes;
+      if (length < 0 || pointer < 0 || pointer % token_bytes) return -2;
+      if (first > num_tokens - length) return -2;
+      if (skip >= length) {
+        skip -= length;
+        continue;
+      }
+      const int64_t taken = std::min(length - skip, count - filled);
+      largest =
+          std::max(largest, copy_tokens_of(dtype_code, bin, first + skip, taken, row + filled));
       filled += taken;
+      skip = 0;
     }
     std::fill(row + filled, row + count, pad);
   }
@@ -599,10 +611,12 @@ int64_t megagpt_document_boundaries(const int64_t* tokens, int64_t num_samples, 
   return count;
 }
 
-void megagpt_blend(const double* periods, int64_t* counts, int64_t num_members, int64_t count,
-                   int32_t* members, int64_t* samples) {
-  // Sample k of member d is due at (k + 1/2) * periods[d]; equal times go to the first member.
-  const auto due = [&](int64_t d) { return (static_cast<double>(counts[d]) + 0.5) * periods[d]; };
+void megagpt_blend(const double* periods, const double* phases, int64_t* counts,
+                   int64_t num_members, int64_t count, int32_t* members, int64_t* samples) {
+  // Sample k of member d is due at (k + phases[d]) * periods[d]; equal times go to the first.
+  const auto due = [&](int64_t d) {
+    return (static_cast<double>(counts[d]) + phases[d]) * periods[d];
+  };
   if (num_members <= 8) {
     double next[8];
     for (int64_t d = 0; d < num_members; ++d) next[d] = due(d);

@@ -36,10 +36,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "gather": (
         _INT64,
         [_POINTER, _INT64, _INT32, _INT32, _POINTER, _POINTER, _INT64, _POINTER, _INT64]
-        + [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER],
+        + [_POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT64, _INT64, _POINTER],
     ),
     "document_boundaries": (_INT64, [_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER]),
-    "blend": (None, [_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER]),
+    "blend": (None, [_POINTER] * 3 + [_INT64, _INT64, _POINTER, _POINTER]),
     "megatron_blend": (None, [_POINTER, _INT64, _INT64, _POINTER, _POINTER]),
 }
 

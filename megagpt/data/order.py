@@ -13,17 +13,30 @@ import numpy as np
 
 from megagpt.data.indexed_dataset import IndexedDataset
 
+SAMPLES_PER_MARK = 16
 _LARGEST = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Where samples begin: 8 bytes a sample, 4 a sequence."""
+    """Where samples begin: 4.5 bytes a sample and 4 a sequence.
+
+    Sample i is the order[i]-th of the stream. It is found from the mark before it by walking over
+    the lengths of the sequences between: some tens, unless documents are far shorter than samples.
+    """
 
     sequences: np.ndarray
-    """[q], uint32: sequences of the pair in the order of the stream; none is empty."""
-    samples: np.ndarray
-    """[n, 2], uint32: for each sample its place in `sequences`, and the tokens skipped there."""
+    """[q], uint32: sequences of the pair in the order of the stream."""
+    order: np.ndarray
+    """[n], uint32: place in the stream of each sample."""
+    marks: np.ndarray
+    """[m, 2], uint32: for each SAMPLES_PER_MARK-th sample of the stream its place in `sequences`,
+    and the tokens skipped there."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all three."""
+        return self.sequences.nbytes + self.order.nbytes + self.marks.nbytes
 
 
 def epoch_index(
@@ -50,25 +63,26 @@ def epoch_index(
         ValueError: If the index of the pair is damaged.
     """
     indexed.require_sound(documents)
-    bounds = np.asarray(indexed.document_indices[documents.start : documents.stop + 1])
-    lengths = np.asarray(indexed.sequence_lengths[bounds[0] : bounds[-1]])
-    if len(bounds) - 1 == len(lengths) and np.all(np.diff(bounds) == 1):
-        with_text = np.flatnonzero(lengths)
-        num_tokens = int(lengths.sum(dtype=np.int64))
-    else:
-        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[bounds - bounds[0]]
-        with_text = np.flatnonzero(np.diff(ends))
-        num_tokens = int(ends[-1])
+    # The index's arrays lie unaligned in the file, which numpy gathers from slowly: copies.
+    bounds = np.array(indexed.document_indices[documents.start : documents.stop + 1])
+    lengths = np.array(indexed.sequence_lengths[bounds[0] : bounds[-1]])
+    is_one_each = bounds[-1] - bounds[0] == len(documents) and bool(np.all(np.diff(bounds) == 1))
+    sizes = lengths
+    if not is_one_each:
+        sizes = np.diff(np.append(0, np.cumsum(lengths, dtype=np.int64))[bounds - bounds[0]])
+    with_text = np.flatnonzero(sizes).astype(np.uint32)
+    num_tokens = int(lengths.sum(dtype=np.int64))
     num_samples = (num_tokens - 1) // seq_length if shuffle else -(-(num_tokens - 1) // seq_length)
-    starts = range(0, num_samples * seq_length, seq_length)
+    order = np.arange(num_samples, dtype=np.uint32)
     if shuffle:
         entropy = np.random.SeedSequence([seed, epoch])
         generator = np.random.Generator(np.random.PCG64(entropy))
-        with_text = generator.permutation(with_text)
-        slots = generator.permutation(num_samples)
-    sequences = _sequences(with_text, bounds)
-    samples = _sample_starts(indexed, sequences, starts)
-    return SampleIndex(sequences, _reorder(samples, slots) if shuffle else samples)
+        generator.shuffle(with_text)
+        generator.shuffle(order)
+    places = with_text if is_one_each else _places(with_text, bounds)
+    assert not len(bounds) or bounds[-1] <= _LARGEST, "more sequences than uint32 counts"
+    marks = _marks(lengths[places], num_samples, seq_length)
+    return SampleIndex(places.astype(np.uint32) + np.uint32(bounds[0]), order, marks)
 
 
 def megatron_index(
@@ -95,7 +109,7 @@ def megatron_index(
     Source: Megatron-LM, megatron/core/datasets/gpt_dataset.py, GPTDataset.
     """
     indexed.require_sound()
-    lengths = np.asarray(indexed.sequence_lengths)
+    lengths = np.array(indexed.sequence_lengths)
     own = np.arange(sequences.start, sequences.stop, dtype=np.uint32)
     per_epoch = int(lengths[own].sum(dtype=np.int64))
     num_epochs = -(-(num_samples * seq_length + 1) // per_epoch)
@@ -119,32 +133,25 @@ def megatron_index(
         state.shuffle(rest)
         slots = np.concatenate([slots, rest])
     stream = stream[lengths[stream] > 0]
-    starts = range(0, total * seq_length, seq_length)
-    return SampleIndex(stream, _reorder(_sample_starts(indexed, stream, starts), slots))
+    return SampleIndex(stream, slots, _marks(lengths[stream], total, seq_length))
 
 
-def _sequences(documents: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Sequences of documents in their order: [q], uint32."""
-    first, counts = bounds[documents], bounds[documents + 1] - bounds[documents]
-    if np.any(counts != 1):
-        # Each document's sequences one after the other: its first, and so many on.
-        ends = np.cumsum(counts)
-        first = np.repeat(first - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
-    assert not len(first) or first.max() <= _LARGEST, "more sequences than uint32 counts"
-    return first.astype(np.uint32)
+def _places(documents: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Sequences of documents in their order, counted from the first of the range; empty ones too.
+
+    Each document's sequences stand one after the other: its first, and so many on.
+    """
+    first, counts = bounds[documents] - bounds[0], bounds[documents + 1] - bounds[documents]
+    ends = np.cumsum(counts)
+    return np.repeat(first - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def _sample_starts(indexed: IndexedDataset, sequences: np.ndarray, starts: range) -> np.ndarray:
-    """Place in the sequences, and tokens skipped there, of positions of the stream: [n, 2]."""
-    ends = np.cumsum(indexed.sequence_lengths[sequences], dtype=np.int64)
-    positions = np.arange(starts.start, starts.stop, starts.step, dtype=np.int64)
+def _marks(lengths: np.ndarray, num_samples: int, seq_length: int) -> np.ndarray:
+    """Marks of a stream of sequences of such lengths: [m, 2], uint32."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    positions = np.arange(0, num_samples, SAMPLES_PER_MARK, dtype=np.int64) * seq_length
     places = np.searchsorted(ends, positions, side="right")
-    begins = np.concatenate([[0], ends[:-1]])
-    samples = np.empty((len(positions), 2), dtype=np.uint32)
-    samples[:, 0] = places
-    samples[:, 1] = positions - begins[places]
-    return samples
-
-
-def _reorder(samples: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    return samples.view(np.uint64)[slots].view(np.uint32)
+    marks = np.empty((len(positions), 2), dtype=np.uint32)
+    marks[:, 0] = places
+    marks[:, 1] = positions - (ends[places] - lengths[places])
+    return marks

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagpt.operations.prebuild import async_io_problem
 from megagpt.testing.corpus import byte_corpus
@@ -27,6 +28,8 @@ FP32_CELLS = [
 BF16_CELLS = FP32_CELLS[1:]
 TP = ("--parallel.tensor_parallel_size", "2")
 PP = ("--parallel.pipeline_parallel_size", "2")
+# DATA and OTHER stand for the fixture's two pairs.
+BLEND = ("--data.path", "{DATA: 0.7, OTHER: 0.3}", "--data.valid_sets", "{other: OTHER}")
 RESUME_CELLS = {
     **{
         f"zero{stage}/{precision}": (f"zero{stage}", precision, ())
@@ -37,6 +40,8 @@ RESUME_CELLS = {
     "tp2/bf16": ("zero3", "bf16", TP),
     "pp2/fp32": ("zero0", "fp32", PP),
     "pp2/bf16": ("pipeline", "bf16", PP),
+    "blend/fp32": ("zero2", "fp32", BLEND),
+    "megatron/fp32": ("zero1", "fp32", (*BLEND, "--data.order", "megatron")),
 }
 
 
@@ -44,8 +49,11 @@ RESUME_CELLS = {
 def data(tmp_path_factory):
     """Real text (this repository's licence) through the real tool, as bytes."""
     words = (ROOT / "LICENSE").read_text().split()
-    documents = (" ".join(words[i : i + 60]) for i in range(0, len(words), 4))
-    return byte_corpus(tmp_path_factory.mktemp("data"), documents)
+    documents = [" ".join(words[i : i + 60]) for i in range(0, len(words), 4)]
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "other").mkdir()
+    byte_corpus(directory / "other", documents[::-3])
+    return byte_corpus(directory, documents)
 
 
 def train(
@@ -163,8 +171,10 @@ def resume_cells(rank, world_size, data, root):
     from megagpt.checkpoint.state import find_checkpoint
 
     outcome = {}
-    for cell, (zero, precision, extra) in RESUME_CELLS.items():
+    other = str(Path(data).parent / "other" / Path(data).name)
+    for cell, (zero, precision, words) in RESUME_CELLS.items():
         digests, runs = [], []
+        extra = [word.replace("DATA", data).replace("OTHER", other) for word in words]
         for name, parts in (("straight", [None]), ("resumed", [6, None])):
             folder = Path(root) / f"{cell.replace('/', '_')}_{name}"
             curve = []
@@ -183,7 +193,8 @@ def resume_cells(rank, world_size, data, root):
 @pytest.fixture(scope="module")
 def resumed(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("resume")
-    return run_distributed(resume_cells, 2, str(data), str(root), timeout_seconds=400)[0]
+    results = run_distributed(resume_cells, 2, str(data), str(root), timeout_seconds=400)
+    return results[0] | {"root": root}
 
 
 @pytest.mark.parametrize("cell", RESUME_CELLS)
@@ -192,6 +203,18 @@ def test_stop_and_resume_equals_a_straight_run_to_the_last_bit(resumed, cell):
     assert len(straight) == 12
     assert resumed_curve == straight  # floats compared exactly, gradient norms too
     assert resumed_weights == weights
+
+
+def test_a_blended_run_shows_each_validation_set_and_how_long_it_waits_for_data(resumed):
+    events = EventAccumulator(str(resumed["root"] / "blend_fp32_straight" / "tensorboard"))
+    events.Reload()
+    losses = {
+        name: [point.value for point in events.Scalars(f"lm loss validation{name}")]
+        for name in ("", "-other")
+    }
+    assert len(losses[""]) == len(losses["-other"]) == 2 and losses[""] != losses["-other"]
+    waits = [point.value for point in events.Scalars("data-wait-share")]
+    assert len(waits) == 12 and all(0 <= wait < 1 for wait in waits)
 
 
 def stop_cells(rank, world_size, data, root):

@@ -31,7 +31,9 @@ def flags_of(program: str, *subcommand: str) -> set[str]:
     """Long flags in the help of a script or installed program, or of a command of it."""
     path = ROOT / program
     words = [sys.executable, str(path)] if path.is_file() else [installed(program)]
-    done = subprocess.run([*words, *subcommand, "--help"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*words, *subcommand, "--help"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", done.stdout))
 

@@ -176,7 +176,7 @@ def test_run_command_prints_one_line_and_returns_the_exit_code(
     body: str, code: int, stderr: str
 ) -> None:
     script = (
-        "import sys\nfrom megagpt.config.command_line import UsageError, run_command\n"
+        "import sys\nfrom megagpt.config.command import UsageError, run_command\n"
         f"def main(argv):\n    {body}\nsys.exit(run_command(main))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -185,7 +185,7 @@ def test_run_command_prints_one_line_and_returns_the_exit_code(
 
 def test_traceback_is_shown_on_request() -> None:
     script = (
-        "import sys\nfrom megagpt.config.command_line import run_command\n"
+        "import sys\nfrom megagpt.config.command import run_command\n"
         "def main(argv):\n    raise ValueError('x')\nsys.exit(run_command(main))"
     )
     environment = {**os.environ, "MEGAGPT_TRACEBACK": "1"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.config.command_line import run_command
+from megagpt.config.command import run_command
 from megagpt.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[3]
