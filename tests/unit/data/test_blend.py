@@ -39,7 +39,7 @@ def order_by_due_time(weights, count):
     """The rule in plain Python: sample k of a member is due at (k + 1/2) / share."""
     shares = np.asarray(weights) / np.sum(weights)
     events = [
-        ((k + 0.5) * (1 / share), member, k)
+        ((k + (0.5 + member * (5**0.5 - 1) / 2) % 1.0) * (1 / share), member, k)
         for member, share in enumerate(shares)
         for k in range(int(2 * count * share) + count // 10 + 2)
     ]
@@ -190,7 +190,7 @@ def test_a_blend_gathers_what_its_members_give(pairs, monkeypatch, megatron_samp
     if megatron_samples is None:
         places = slices(Blend(weights), 0, 500)
     else:
-        places = megatrons_rule(weights, 500)
+        places = megatrons_rule(np.array(weights) / np.sum(weights), 500)
     random = np.random.default_rng(0)
     for indices in [
         [0],
