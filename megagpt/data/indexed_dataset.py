@@ -157,6 +157,7 @@ class IndexedDataset:
             if tokens_bytes  # an empty file cannot be mapped
             else np.empty(0, dtype=self.dtype)
         )
+        self._sound: set[range] = set()
         # For the compiled reader; the arrays above keep the memory.
         self.tokens_address: int = self.tokens.ctypes.data
         self.lengths_address: int = self.sequence_lengths.ctypes.data
@@ -208,13 +209,15 @@ class IndexedDataset:
         return pointers[self.document_indices] // self.dtype.itemsize
 
     def require_sound(self, documents: range | None = None) -> None:
-        """Reads the index of a range of documents; default: all of it.
+        """Reads the index of a range of documents once; default: all of it.
 
         Raises:
             ValueError: If sequences do not lie back to back or documents overlap, which means that
                 the index is damaged.
         """
         documents = documents if documents is not None else range(self.num_documents)
+        if documents in self._sound:
+            return
         bounds = self.document_indices[documents.start : documents.stop + 1]
         first, last = int(bounds[0]), int(bounds[-1])
         sound = 0 <= first and last <= self.num_sequences and not np.any(bounds[1:] < bounds[:-1])
@@ -231,6 +234,7 @@ class IndexedDataset:
                 f"{idx_path(self.prefix)} does not list its sequences back to back, so it is "
                 "damaged; make the pair again with tools/preprocess_data.py"
             )
+        self._sound.add(documents)
 
 
 @dataclass(frozen=True)

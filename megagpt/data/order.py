@@ -66,7 +66,8 @@ def epoch_index(
     # The index's arrays lie unaligned in the file, which numpy gathers from slowly: copies.
     bounds = np.array(indexed.document_indices[documents.start : documents.stop + 1])
     lengths = np.array(indexed.sequence_lengths[bounds[0] : bounds[-1]])
-    is_one_each = bounds[-1] - bounds[0] == len(documents) and bool(np.all(np.diff(bounds) == 1))
+    one_each = np.arange(bounds[0], bounds[0] + len(bounds))
+    is_one_each = np.array_equal(bounds, one_each)
     sizes = lengths
     if not is_one_each:
         sizes = np.diff(np.append(0, np.cumsum(lengths, dtype=np.int64))[bounds - bounds[0]])
@@ -82,7 +83,8 @@ def epoch_index(
     places = with_text if is_one_each else _places(with_text, bounds)
     assert not len(bounds) or bounds[-1] <= _LARGEST, "more sequences than uint32 counts"
     marks = _marks(lengths[places], num_samples, seq_length)
-    return SampleIndex(places.astype(np.uint32) + np.uint32(bounds[0]), order, marks)
+    sequences = places.astype(np.uint32, copy=False) + np.uint32(bounds[0])
+    return SampleIndex(sequences, order, marks)
 
 
 def megatron_index(
