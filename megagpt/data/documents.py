@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -226,19 +226,18 @@ def _decode(record: bytes, line: int) -> str:
 def _open(part: Part) -> IO[bytes]:
     suffix = Path(part.path).suffix.lower()
     file = open(part.path, "rb")  # noqa: SIM115 - closed with what wraps it
-    if suffix == ".gz":
-        return io.BufferedReader(_Gzip(file, part.path), _READ_BYTES)
-    if suffix == ".zst":
-        return io.BufferedReader(_Zstandard(file, part.path), _READ_BYTES)
-    return file
+    if suffix not in _UNPACKERS:
+        return file
+    return io.BufferedReader(_Unpacked(file, part.path, _UNPACKERS[suffix](file)), _READ_BYTES)
 
 
 class _Unpacked(io.RawIOBase):
-    """Bytes of a packed file; what is wrong in it is a ValueError with its name."""
+    """A packed file read as what is in it; what is wrong in it is a ValueError with its name."""
 
-    def __init__(self, file: IO[bytes], path: str) -> None:
+    def __init__(self, file: IO[bytes], path: str, blocks: Iterator[bytes]) -> None:
         self._file = file
         self._path = path
+        self._blocks = blocks
         self._content = memoryview(b"")
 
     def readable(self) -> bool:
@@ -251,52 +250,39 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self._content:
             try:
-                content = self._unpack()
+                self._content = memoryview(next(self._blocks))
+            except StopIteration:
+                return 0
             except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
                 raise ValueError(
                     f"input {self._path} is cut off or damaged ({error}); fetch or pack it again"
                 ) from error
-            if content is None:
-                return 0
-            self._content = memoryview(content)
         count = min(len(buffer), len(self._content))
         buffer[:count] = self._content[:count]
         self._content = self._content[count:]
         return count
 
-    def _unpack(self) -> bytes | None:
-        """Some more bytes, which may be none; None at the end."""
-        raise NotImplementedError
+
+def _gzip_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    unpacked = gzip.GzipFile(fileobj=file)
+    while content := unpacked.read1(_READ_BYTES):
+        yield content
 
 
-class _Gzip(_Unpacked):
-    def __init__(self, file: IO[bytes], path: str) -> None:
-        super().__init__(file, path)
-        self._gzip = gzip.GzipFile(fileobj=file)
+def _zstandard_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    frame = None
+    while packed := file.read(_PACKED_BYTES):
+        while packed:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(packed)
+            packed = b""
+            if frame.eof:
+                packed, frame = frame.unused_data, None
+    if frame is not None:  # zstandard itself takes a cut frame for a short one
+        raise EOFError("it ends inside a frame")
 
-    def _unpack(self) -> bytes | None:
-        return self._gzip.read1(_READ_BYTES) or None
 
-
-class _Zstandard(_Unpacked):
-    def __init__(self, file: IO[bytes], path: str) -> None:
-        super().__init__(file, path)
-        self._packed = b""
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-
-    def _unpack(self) -> bytes | None:
-        if not self._packed:
-            self._packed = self._file.read(_PACKED_BYTES)
-            if not self._packed:
-                # zstandard itself takes a cut frame for a short one.
-                if self._frame is not None:
-                    raise EOFError("it ends inside a frame")
-                return None
-        if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
-        content = self._frame.decompress(self._packed)
-        self._packed = b""
-        if self._frame.eof:
-            self._packed = self._frame.unused_data
-            self._frame = None
-        return content
+_UNPACKERS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
+    ".gz": _gzip_blocks,
+    ".zst": _zstandard_blocks,
+}
