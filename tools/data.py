@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megagpt.config.command import run_command
+from megagpt.config.command import UsageError, run_command
 from megagpt.config.command_line import parse_config
 from megagpt.config.schema import Config
 from megagpt.data.describe import (
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     if options.command in ("blend", "locate"):
         options.config, _, _ = parse_config(rest)
     elif rest:
-        raise ValueError(f"unknown option {rest[0]}; --help lists all")
+        raise UsageError(f"unknown option {rest[0]}; --help lists all")
     options.run(options)
     return 0
 

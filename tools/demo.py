@@ -24,7 +24,8 @@ from megagpt.checkpoint.state import find_checkpoint, read_state
 from megagpt.config.command import run_command
 from megagpt.data.compression import baselines
 from megagpt.data.documents import read_documents
-from megagpt.data.manifest import file_sha256, read_manifest, write_json
+from megagpt.data.files import file_sha256, write_json
+from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.operations.hardware import cpu_computes_bf16
 

@@ -35,6 +35,8 @@ class Part:
     begin: int
     end: int
     """A packed file is one part, from 0 to its packed size."""
+    is_last: bool = True
+    """Whether the file ends with it."""
 
     @property
     def is_packed(self) -> bool:
@@ -112,7 +114,10 @@ def split_file(path: str, file_format: str, part_bytes: int) -> list[Part]:
     if file_format == "text" or whole.is_packed:
         return [whole]
     begins = range(0, max(size, 1), part_bytes)
-    return [Part(path, file_format, b, min(b + part_bytes, size)) for b in begins]
+    return [
+        Part(path, file_format, b, min(b + part_bytes, size), is_last=b + part_bytes >= size)
+        for b in begins
+    ]
 
 
 def read_records(part: Part) -> Iterator[bytes]:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from megagpt.data.indexed_dataset import encode_tokens, token_dtype
+from megagpt.data.indexed_dataset import token_dtype
+from megagpt.data.indexed_writer import encode_tokens
 from megagpt.data.native import CHUNK_CACHE_BYTES, address, load_native
 from megagpt.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
@@ -164,7 +165,8 @@ def compare_with_tokenizer(encoder: DocumentEncoder, texts: Iterable[str]) -> st
     if encoder.slow_reason is not None:
         return None
     compared = 0
-    for number, text in enumerate(texts, 1):
+    for number, whole in enumerate(texts, 1):
+        text = whole[:_COMPARED_BYTES]
         tokens, _ = encoder.encode([text])
         if tokens.tolist() != [*encoder.tokenizer.encode(text), encoder.tokenizer.eod]:
             return f"the compiled encoder differs from {encoder.tokenizer.path} in text {number}"

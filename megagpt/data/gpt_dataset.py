@@ -7,7 +7,7 @@ run keeps what it has seen (`order.py`). Which rank takes which sample is the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from megagpt.data.order import SAMPLES_PER_MARK, SampleIndex, epoch_index, megat
 
 PAD = -1
 """Stands where a sample has no token."""
+_NEGATIVE = 2**63 - 1  # what the readers take a negative token for
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,9 @@ class GPTDataset:
                 largest = max(largest, self._fill(self._epoch(epoch), positions[rows], part))
                 out[rows] = part
         if self.vocab_size is not None and largest >= self.vocab_size:
+            token = "a negative token" if largest == _NEGATIVE else f"token {largest}"
             raise ValueError(
-                f"{bin_path(self.indexed.prefix)} holds token {largest}, the vocabulary ends at "
+                f"{bin_path(self.indexed.prefix)} holds {token}, the vocabulary ends at "
                 f"{self.vocab_size - 1}, so it is damaged or of another tokenizer; check it with "
                 "tools/data.py verify"
             )
@@ -223,7 +225,7 @@ class GPTDataset:
                 filled += count
             is_negative = is_negative or bool(filled and row[:filled].min() < 0)
         if is_negative:
-            return int(np.iinfo(np.int64).max)
+            return _NEGATIVE
         return int(out.max(initial=PAD))
 
     def _raise_damaged(self) -> None:
@@ -234,31 +236,31 @@ class GPTDataset:
 
     def _epoch(self, number: int) -> SampleIndex:
         if number not in self._epochs:
+            num_samples = self.megatron.num_samples if self.megatron else self.samples_per_epoch
             # A batch may straddle two epochs; older ones are not needed again.
             self._epochs = {n: order for n, order in self._epochs.items() if n == number - 1}
             self._epochs[number] = self._cache.get(
                 {**self._order_key(), "epoch": number},
-                self._builder(number),
-                num_bytes=4 * (len(self.sequences) + self.samples_per_epoch),
+                lambda: self._build_epoch(number),
+                num_bytes=4 * (len(self.sequences) + num_samples),
             )
         return self._epochs[number]
 
-    def _builder(self, epoch: int) -> Callable[[], SampleIndex]:
+    def _build_epoch(self, number: int) -> SampleIndex:
         if self.megatron is not None:
-            num_samples = self.megatron.num_samples
-            return lambda: megatron_index(
+            return megatron_index(
                 self.indexed,
                 self.sequences,
                 seq_length=self.seq_length,
                 seed=self.seed,
-                num_samples=num_samples,
+                num_samples=self.megatron.num_samples,
             )
-        return lambda: epoch_index(
+        return epoch_index(
             self.indexed,
             self.documents,
             seq_length=self.seq_length,
             seed=self.seed,
-            epoch=epoch,
+            epoch=number,
             shuffle=self.shuffle,
         )
 

@@ -12,19 +12,23 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megagpt.data.files import file_sha256, flush_to_disk
 from megagpt.data.indexed_dataset import IndexedDataset
-from megagpt.data.manifest import file_sha256, manifest_path
+from megagpt.data.manifest import manifest_path
 from megagpt.data.order import SampleIndex
 
 _VERSION = 1
+_TEMPORARY = ".tmp"
+_LEFT_SECONDS = 24 * 3600  # what is older, a killed process left
 _ARRAYS = ("sequences", "order", "marks")
 # A smaller index is built in about the time that it takes to open one.
 SMALLEST_CACHED_BYTES = 1 << 20
@@ -93,6 +97,10 @@ def pair_identity(indexed: IndexedDataset) -> dict[str, Any]:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(f"*{_TEMPORARY}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
     with (directory / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -132,17 +140,15 @@ def _shapes(index: SampleIndex) -> list[list[int]]:
 
 
 def _write_entry(entry: Path, index: SampleIndex, key: str) -> None:
-    temporary = entry.with_name(f"{entry.name}.tmp{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    # A name of its own: processes of two nodes may share a number, and the folder.
+    temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}{_TEMPORARY}", dir=entry.parent))
     try:
         (temporary / "key.json").write_text(key + "\n")
         (temporary / "shapes.json").write_text(json.dumps(_shapes(index)) + "\n")
         for name, array in zip(_ARRAYS, _arrays(index), strict=True):
             with (temporary / f"{name}.npy").open("wb") as file:
                 np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
+                flush_to_disk(file)
         try:
             temporary.rename(entry)
         except OSError:

@@ -1,4 +1,4 @@
-"""`<prefix>.manifest.json`: what a pair was made from, written last, so that it marks a whole pair.
+"""`<prefix>.manifest.json`: what a pair was made from, and what its bytes must be.
 
 Megatron ignores the file, and pairs made by Megatron have none.
 """
@@ -6,14 +6,16 @@ Megatron ignores the file, and pairs made by Megatron have none.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.indexed_dataset import bin_path, idx_path, sync_directory
+from megagpt.data.files import encode_json, write_atomically
+from megagpt.data.indexed_dataset import bin_path, idx_path
+from megagpt.data.indexed_writer import IndexedDatasetWriter
+from megagpt.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
 
@@ -72,13 +74,57 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
+def tokenizer_facts(tokenizer: Tokenizer | Manifest) -> dict[str, Any]:
+    """The manifest's fields of a tokenizer, or of that of another manifest."""
+    if isinstance(tokenizer, Manifest):
+        names = ("tokenizer_kind", "tokenizer_path", "tokenizer_sha256", "vocab_size", "eod")
+        return {name: getattr(tokenizer, name) for name in names}
+    return {
+        "tokenizer_kind": tokenizer.kind,
+        "tokenizer_path": tokenizer.path,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+    }
+
+
+def publish_pair(writer: IndexedDatasetWriter, **facts: Any) -> Manifest:
+    """Seals a pair and makes it appear together with its manifest.
+
+    Args:
+        writer: Of the pair.
+        facts: The manifest's fields that the writer does not know.
+
+    Returns:
+        The manifest.
+    """
+    writer.seal()
+    manifest = Manifest(
+        **facts,
+        dtype=writer.dtype.name,
+        num_tokens=writer.num_tokens,
+        num_documents=writer.num_documents,
+        largest_token=writer.largest_token,
+        bin_bytes=writer.num_tokens * writer.dtype.itemsize,
+        idx_bytes=writer.idx_bytes,
+        idx_sha256=writer.idx_sha256,
+        bin_crc32=tuple(writer.bin_crc32),
+    )
+    writer.publish(_encode(writer.prefix, manifest))
+    return manifest
+
+
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
-    """Writes the manifest of a pair, whole or not at all."""
-    path = manifest_path(prefix)
+    """Writes the manifest of a pair that is there, whole or not at all."""
+    write_atomically(manifest_path(prefix), _encode(prefix, manifest))
+
+
+def _encode(prefix: str | Path, manifest: Manifest) -> bytes:
     content = dataclasses.asdict(manifest)
     if manifest.tokenizer_kind != "byte":
-        content["tokenizer_path"] = os.path.relpath(manifest.tokenizer_path, path.parent)
-    write_json(path, content)
+        directory = manifest_path(prefix).parent
+        content["tokenizer_path"] = os.path.relpath(manifest.tokenizer_path, directory)
+    return encode_json(content)
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
@@ -120,31 +166,3 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
             found = "is missing" if actual is None else f"holds {actual} bytes"
             raise ValueError(f"{file} {found}, {path.name} says {size} bytes; {remake}")
     return manifest
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hash of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a small file under a temporary name and renames it; durable when it returns."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,18 +14,22 @@ IGNORE_INDEX = -100
 
 
 def tokens_to_batch(
-    samples: np.ndarray, *, masked_after: int | None = None
+    samples: np.ndarray, *, masked_after: int | None = None, out: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples to the model's inputs and labels.
 
     Args:
         samples: [b, s + 1], int64, with PAD where there is no token.
         masked_after: End-of-document token whose successor is not scored; None scores all.
+        out: [2, b, s], int64, to be filled with both; default: a new one.
 
     Returns:
         tokens [b, s] with 0 for PAD, and labels [b, s] with IGNORE_INDEX for PAD; int64.
     """
-    tokens, labels = samples[:, :-1].copy(), samples[:, 1:].copy()
+    if out is None:
+        out = np.empty((2, samples.shape[0], samples.shape[1] - 1), dtype=np.int64)
+    tokens, labels = out
+    tokens[:], labels[:] = samples[:, :-1], samples[:, 1:]
     unscored = labels == PAD
     if masked_after is not None:
         unscored |= tokens == masked_after

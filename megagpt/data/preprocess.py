@@ -31,15 +31,9 @@ from megagpt.data.documents import (
     resolve_format,
 )
 from megagpt.data.encoder import DocumentEncoder, compare_with_tokenizer
-from megagpt.data.indexed_dataset import (
-    IndexedDatasetWriter,
-    WriterState,
-    bin_path,
-    idx_path,
-    read_blocks,
-    token_dtype,
-)
-from megagpt.data.manifest import Manifest, Source, write_manifest
+from megagpt.data.indexed_dataset import token_dtype
+from megagpt.data.indexed_writer import IndexedDatasetWriter, WriterState, read_blocks
+from megagpt.data.manifest import Manifest, Source, publish_pair, tokenizer_facts
 from megagpt.data.shards import (
     NO_TEXT,
     SHARD_BYTES,
@@ -112,27 +106,35 @@ def preprocess(
     report = report or (lambda line: None)
     paths = expand_inputs(inputs)
     files = [(path, resolve_format(path, file_format)) for path in paths]
+    faults = faults or FaultPolicy()
     tokenizer = load_tokenizer(tokenizer_path)
+    identity = _identity(files, tokenizer, json_key)
     shards = plan_shards(files, SHARD_BYTES)
     job = EncodingJob(
         directory=Path(f"{output_prefix}.partial"),
         tokenizer_path=tokenizer.path,
         slow_reason=_slow_reason(tokenizer, files, json_key, report),
         json_key=json_key,
-        on_error=(faults or FaultPolicy()).on_error,
+        on_error=faults.on_error,
     )
     writer = IndexedDatasetWriter(output_prefix, token_dtype(tokenizer.vocab_size), resume=True)
     try:
-        partial = _PartialPair(
-            writer, shards, _identity(files, tokenizer, json_key), faults or FaultPolicy(), report
-        )
+        partial = _PartialPair(writer, shards, identity, faults, report)
         progress = _Progress(shards, partial.num_shards, report)
         todo = shards[partial.num_shards :]
         for encoded in encode_in_order(job, todo, workers=min(workers, max(len(todo), 1))):
             partial.append(encoded)
             progress.add(shards[encoded.number].num_bytes)
         partial.require_acceptable()
-        writer.finish()
+        if _identity(files, tokenizer, json_key) != identity:
+            raise ValueError("an input changed while it was read; run again when all are whole")
+        manifest = publish_pair(
+            writer,
+            **tokenizer_facts(tokenizer),
+            text_bytes=partial.text_bytes,
+            skipped=dict(sorted(partial.skipped.items())),
+            sources=tuple(partial.sources),
+        )
     except BaseException:
         if writer.num_documents:
             report(
@@ -143,25 +145,6 @@ def preprocess(
         else:
             writer.abort()
         raise
-    manifest = Manifest(
-        tokenizer_kind=tokenizer.kind,
-        tokenizer_path=tokenizer.path,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-        dtype=writer.dtype.name,
-        num_tokens=writer.num_tokens,
-        num_documents=writer.num_documents,
-        text_bytes=partial.text_bytes,
-        largest_token=writer.largest_token,
-        bin_bytes=bin_path(output_prefix).stat().st_size,
-        idx_bytes=idx_path(output_prefix).stat().st_size,
-        idx_sha256=writer.idx_sha256,
-        bin_crc32=tuple(writer.bin_crc32),
-        skipped=dict(sorted(partial.skipped.items())),
-        sources=tuple(partial.sources),
-    )
-    write_manifest(output_prefix, manifest)
     progress.finish(manifest)
     return manifest
 
@@ -196,17 +179,25 @@ class _PartialPair:
         if records and records[0] != identity:
             report(f"starting anew: {writer.directory} is of other inputs or options")
             records = []
+        try:
+            self._rewind(records)
+        except ValueError as error:  # killed while its files were put in place
+            report(f"starting anew: {error}")
+            records = []
+            self._rewind(records)
         for record in records[1:]:
             self._note(record)
-        writer.rewind(
-            WriterState(**records[-1]["writer"]) if records[1:] else WriterState(),
-            [crc32 for record in records[1:] for crc32 in record["bin_crc32"]],
-        )
         self._hash = self._hash_so_far()
         if self.num_shards:
             report(f"going on from {writer.directory}: {self.num_shards} of {len(shards)} shards")
         with self._journal_path.open("w") as file:
             file.writelines(json.dumps(record) + "\n" for record in records or [identity])
+
+    def _rewind(self, records: list[dict[str, Any]]) -> None:
+        self.writer.rewind(
+            WriterState(**records[-1]["writer"]) if records[1:] else WriterState(),
+            [crc32 for record in records[1:] for crc32 in record["bin_crc32"]],
+        )
 
     def append(self, encoded: EncodedShard) -> None:
         """Adds a shard and notes it.
@@ -228,7 +219,7 @@ class _PartialPair:
             self.file.num_lines += counts.num_lines
             self.file.num_documents += counts.num_documents
             _hash_range(part.path, part.begin, part.end, self._hash)
-            if part.end == Path(part.path).stat().st_size:
+            if part.is_last:
                 self._require_text(part.path, encoded)
                 finished.append(Source(part.path, part.end, self._hash.hexdigest()))
         num_blocks = len(self.writer.bin_crc32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.data.datasets import SPLITS, split_bounds
-from megagpt.data.indexed_dataset import (
-    IndexedDataset,
-    IndexedDatasetWriter,
-    bin_path,
-    idx_path,
-)
+from megagpt.data.files import file_sha256
+from megagpt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.manifest import (
     Manifest,
-    file_sha256,
     manifest_path,
+    publish_pair,
     read_manifest,
+    tokenizer_facts,
     write_manifest,
 )
 from megagpt.data.tokenizer import load_tokenizer
@@ -57,19 +54,19 @@ def merge(inputs: Sequence[str | Path], output_prefix: str | Path) -> IndexedDat
     with IndexedDatasetWriter(output_prefix, opened[0].dtype) as writer:
         for indexed in opened:
             _copy(indexed, range(indexed.num_documents), writer)
-    known = [manifest for manifest in manifests if manifest is not None]
-    if len(known) == len(manifests):
-        skipped: Counter[str] = Counter()
-        sizes = [manifest.text_bytes for manifest in known]
-        for manifest in known:
-            skipped.update(manifest.skipped)
-        merged = dataclasses.replace(
-            known[0],
-            text_bytes=None if None in sizes else sum(size or 0 for size in sizes),
-            skipped=dict(skipped),
-            sources=tuple(source for manifest in known for source in manifest.sources),
-        )
-        _write_manifest(writer, merged)
+        known = [manifest for manifest in manifests if manifest is not None]
+        if len(known) == len(manifests):
+            skipped: Counter[str] = Counter()
+            for manifest in known:
+                skipped.update(manifest.skipped)
+            sizes = [manifest.text_bytes for manifest in known]
+            publish_pair(
+                writer,
+                **tokenizer_facts(known[0]),
+                text_bytes=None if None in sizes else sum(size or 0 for size in sizes),
+                skipped=dict(skipped),
+                sources=tuple(source for manifest in known for source in manifest.sources),
+            )
     return IndexedDataset(output_prefix)
 
 
@@ -104,9 +101,10 @@ def split(prefix: str | Path, shares: str, output_prefix: str | Path) -> dict[st
         _require_other_output([prefix], target)
         with IndexedDatasetWriter(target, indexed.dtype) as writer:
             _copy(indexed, documents, writer)
-        if manifest is not None:
-            # How many bytes of text these documents have, only decoding would tell.
-            _write_manifest(writer, dataclasses.replace(manifest, text_bytes=None, skipped={}))
+            if manifest is not None:
+                # How many bytes of text these documents have, only decoding would tell.
+                facts = tokenizer_facts(manifest)
+                publish_pair(writer, **facts, text_bytes=None, sources=manifest.sources)
         made[name] = IndexedDataset(target)
     return made
 
@@ -128,11 +126,7 @@ def adopt(prefix: str | Path, tokenizer_path: str | Path) -> Manifest:
     indexed = IndexedDataset(prefix)
     bin_crc32, largest_token = checksums(indexed)
     manifest = Manifest(
-        tokenizer_kind=tokenizer.kind,
-        tokenizer_path=tokenizer.path,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
+        **tokenizer_facts(tokenizer),
         dtype=indexed.dtype.name,
         num_tokens=indexed.num_tokens,
         num_documents=indexed.num_documents,
@@ -166,21 +160,6 @@ def _copy(indexed: IndexedDataset, documents: range, writer: IndexedDatasetWrite
         writer.add_tokens(np.asarray(indexed.tokens[start : min(start + _COPY_ITEMS, end)]))
     bounds = indexed.document_indices[documents.start : documents.stop + 1]
     writer.add_lengths(np.asarray(indexed.sequence_lengths[first:last]), np.diff(bounds))
-
-
-def _write_manifest(writer: IndexedDatasetWriter, like: Manifest) -> None:
-    """The manifest of what a writer made, with the tokenizer and origin of another."""
-    manifest = dataclasses.replace(
-        like,
-        num_tokens=writer.num_tokens,
-        num_documents=writer.num_documents,
-        largest_token=writer.largest_token,
-        bin_bytes=bin_path(writer.prefix).stat().st_size,
-        idx_bytes=idx_path(writer.prefix).stat().st_size,
-        idx_sha256=writer.idx_sha256,
-        bin_crc32=tuple(writer.bin_crc32),
-    )
-    write_manifest(writer.prefix, manifest)
 
 
 def _require_other_output(inputs: Sequence[str | Path], output: str | Path) -> None:

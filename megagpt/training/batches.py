@@ -122,22 +122,27 @@ class Batches:
     def _micro_batch(self, samples: np.ndarray, indices: list[int], *, step: int) -> MicroBatch:
         """Tensors of samples [b, s + 1]."""
         data = self.config.data
-        tokens, labels = tokens_to_batch(
-            samples, masked_after=self.eod if data.eod_mask_loss else None
+        num_samples, length = len(samples), samples.shape[1] - 1
+        # Pinned, where a GPU copies it while it computes.
+        buffer = torch.empty(
+            (2 + data.document_masking, num_samples, length),
+            dtype=torch.int64,
+            pin_memory=self._is_pinned,
+        )
+        tokens, _ = tokens_to_batch(
+            samples,
+            masked_after=self.eod if data.eod_mask_loss else None,
+            out=buffer[:2].numpy(),
         )
         positions = keys = None
         if data.document_masking:
             assert self.eod is not None
-            positions = self._tensor(document_boundaries(tokens, self.eod)[0])
+            positions = buffer[2]
+            positions.numpy()[:] = document_boundaries(tokens, self.eod)[0]
         if self.config.model.dropout:
             # In evaluation too, where nothing is dropped: a pipeline's messages keep their form.
             keys = dropout_keys(torch.tensor(indices), seed=self.config.training.seed, step=step)
-        return MicroBatch(self._tensor(tokens), self._tensor(labels), positions, keys)
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        """The array as a tensor, in pinned memory where a GPU is to copy it while it computes."""
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self._is_pinned else tensor
+        return MicroBatch(buffer[0], buffer[1], positions, keys)
 
 
 def _end_of_document(config: Config) -> int | None:

@@ -34,7 +34,8 @@ from megagpt.config.command_line import config_to_dict
 from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
 from megagpt.config.schema import Config
 from megagpt.data.datasets import Dataset, build_datasets, data_fingerprint, first_prefix
-from megagpt.data.manifest import read_manifest, write_json
+from megagpt.data.files import write_json
+from megagpt.data.manifest import read_manifest
 from megagpt.model.build import build_model
 from megagpt.model.gpt import count_parameters
 from megagpt.monitor.memory import memory_metrics
@@ -47,6 +48,7 @@ from megagpt.parallel.topology import ParallelTopology
 from megagpt.training.batches import Batches
 from megagpt.training.engine import build_engine, parameter_norm
 from megagpt.training.schedule import learning_rate
+from megagpt.training.stopping import is_finished, stop_reason
 from megagpt.training.train_step import StepResult, evaluate, train_step
 
 logger = logging.getLogger("megagpt")
@@ -188,7 +190,7 @@ class Trainer:
             )
         for warning in warnings:
             logger.info(f"warning: {warning}")
-        if self._finished():
+        if is_finished(config.training, self.state):
             logger.info(
                 f"nothing to do: step {self.state.step} of {config.training.train_steps} "
                 f"is already trained in {self.run_directory}; raise its limit to go on"
@@ -245,7 +247,7 @@ class Trainer:
                 values = self._step_metrics(engine, result, lr, seconds)
                 values |= {"skipped-iterations": skipped, "nan-iterations": nan}
                 metrics.training(step, self.state.consumed_samples, values)
-            stop = self._stop_reason()
+            stop = stop_reason(config.training, self.state, start_time=self.start_time)
             if self._is_due(config.training.eval_interval, stop):
                 losses = self._validate(engine, metrics)
                 validation_loss = losses.get("valid")
@@ -328,36 +330,6 @@ class Trainer:
     def _is_due(self, interval: int, stop: str | None) -> bool:
         """Whether to act after this step: at each interval (0 is never), and at the end."""
         return stop is not None or (interval > 0 and self.state.step % interval == 0)
-
-    def _finished(self) -> bool:
-        training = self.config.training
-        return self.state.step >= min(
-            training.train_steps, training.exit_step or training.train_steps
-        ) or (
-            training.train_tokens is not None
-            and self.state.consumed_tokens >= training.train_tokens
-        )
-
-    def _stop_reason(self) -> str | None:
-        """Why to stop after this step; the same answer on every rank."""
-        training = self.config.training
-        if self.state.step >= training.train_steps:
-            return f"train_steps={training.train_steps} reached"
-        if training.train_tokens and self.state.consumed_tokens >= training.train_tokens:
-            return f"train_tokens={training.train_tokens} reached"
-        if training.exit_step and self.state.step >= training.exit_step:
-            return f"exit_step={training.exit_step} reached"
-        if training.exit_duration_seconds is not None:
-            # Clocks differ: rank 0 decides for all.
-            late = torch.tensor(
-                [time.monotonic() - self.start_time > training.exit_duration_seconds]
-            ).to(torch.int32)
-            if dist.get_backend() != "gloo":
-                late = late.cuda()
-            dist.broadcast(late, src=0)
-            if late.item():
-                return f"exit_duration_seconds={training.exit_duration_seconds} reached"
-        return None
 
     def _layout_words(self) -> str:
         topology, parallel = self.topology, self.config.parallel

@@ -9,7 +9,8 @@ from megagpt.data import blended_dataset
 from megagpt.data.blend import Blend, megatron_blend
 from megagpt.data.blended_dataset import BlendedDataset, JoinedDataset
 from megagpt.data.gpt_dataset import PAD, GPTDataset
-from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.native import load_native
 
 WEIGHTS = {

@@ -7,7 +7,8 @@ from megagpt.config.schema import DataConfig
 from megagpt.data.blended_dataset import BlendedDataset, JoinedDataset
 from megagpt.data.datasets import build_datasets, data_fingerprint
 from megagpt.data.gpt_dataset import PAD, GPTDataset
-from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.preprocess import preprocess
 
 

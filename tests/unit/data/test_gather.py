@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data.gpt_dataset import PAD, GPTDataset
-from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.masks import IGNORE_INDEX, document_boundaries, tokens_to_batch
 from megagpt.data.native import load_native
 

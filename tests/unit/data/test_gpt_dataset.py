@@ -6,7 +6,8 @@ import pytest
 from megagpt.config.schema import DataConfig
 from megagpt.data.datasets import build_datasets, data_fingerprint, split_bounds
 from megagpt.data.gpt_dataset import PAD, GPTDataset
-from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.masks import IGNORE_INDEX, tokens_to_batch
 from megagpt.data.preprocess import preprocess
 

@@ -14,7 +14,8 @@ import pytest
 from megagpt.data import index_cache
 from megagpt.data.gpt_dataset import GPTDataset, MegatronOrder
 from megagpt.data.index_cache import IndexCache
-from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.order import SampleIndex, epoch_index
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,7 +7,8 @@ import zlib
 import numpy as np
 import pytest
 
-from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megagpt.data.indexed_dataset import IndexedDataset, token_dtype
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 
 DOCUMENTS = [[5, 6, 7], [300], [65535, 0]]
 
@@ -126,7 +127,7 @@ def test_rewriting_removes_the_old_manifest_and_what_a_killed_run_left(tmp_path)
 
 @pytest.mark.parametrize("rewound", [False, True])
 def test_checksums_are_of_each_block_of_bin_and_the_hash_is_of_idx(tmp_path, monkeypatch, rewound):
-    monkeypatch.setattr("megagpt.data.indexed_dataset.CHECKSUM_BLOCK_BYTES", 10)
+    monkeypatch.setattr("megagpt.data.indexed_writer.CHECKSUM_BLOCK_BYTES", 10)
     documents = [[1, 2, 3], [4] * 9, [], [5, 65_000]]
     writer = IndexedDatasetWriter(tmp_path / "a", np.dtype("uint16"))
     for document in documents[:2]:
@@ -149,7 +150,7 @@ def test_checksums_are_of_each_block_of_bin_and_the_hash_is_of_idx(tmp_path, mon
 
 
 def test_index_of_many_documents_is_written_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("megagpt.data.indexed_dataset._READ_ITEMS", 3)
+    monkeypatch.setattr("megagpt.data.indexed_writer._READ_ITEMS", 3)
     documents = [[i] * (i % 4) for i in range(20)]
     write(tmp_path / "a", documents)
     read = IndexedDataset(tmp_path / "a")

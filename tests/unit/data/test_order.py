@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data.gpt_dataset import GPTDataset, MegatronOrder
-from megagpt.data.indexed_dataset import MAGIC, IndexedDataset, IndexedDatasetWriter
+from megagpt.data.indexed_dataset import MAGIC, IndexedDataset
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.order import SAMPLES_PER_MARK, epoch_index, megatron_index
 
 # Lengths of the sequences of each document; some documents and some sequences are empty.

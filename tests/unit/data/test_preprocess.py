@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megagpt.data.files import file_sha256
 from megagpt.data.indexed_dataset import IndexedDataset
-from megagpt.data.manifest import file_sha256, read_manifest
+from megagpt.data.manifest import read_manifest
 from megagpt.data.preprocess import FaultPolicy, preprocess
 from megagpt.data.tokenizer import ByteTokenizer
+from megagpt.data.verify import verify
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = str(ROOT / "tools/preprocess_data.py")
@@ -418,3 +420,57 @@ def test_tokenizer_that_fails_in_a_worker_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(ByteTokenizer, "path", "gone.model")
     with pytest.raises(ValueError, match=r"no tokenizer at gone.model"):
         encode(source, tmp_path / "out", workers=2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_kill_while_the_pair_is_put_in_place_leaves_no_pair_or_all_of_it(tmp_path, stage):
+    """The four renames and unlinks of `publish`, each of them the process's last."""
+    source = write_jsonl(tmp_path / "a.jsonl", ["some text"] * 20)
+    code = (
+        "import os, pathlib, sys\n"
+        "from megagpt.data.preprocess import preprocess\n"
+        "left = [int(sys.argv[3])]\n"
+        "def killing(real):\n"
+        "    def call(path, *arguments, **options):\n"
+        "        if str(path).endswith(('.idx', '.tmp%d' % os.getpid(), 'tokens', 'index')):\n"
+        "            if left[0] == 0:\n"
+        "                os._exit(9)\n"
+        "            left[0] -= 1\n"
+        "        return real(path, *arguments, **options)\n"
+        "    return call\n"
+        "import megagpt.data.indexed_writer as writer\n"
+        "real = writer.IndexedDatasetWriter.publish\n"
+        "def publish(self, sidecar=None):\n"
+        "    for name in ('rename', 'replace', 'unlink'):\n"
+        "        setattr(pathlib.Path, name, killing(getattr(pathlib.Path, name)))\n"
+        "    real(self, sidecar)\n"
+        "writer.IndexedDatasetWriter.publish = publish\n"
+        "preprocess([sys.argv[1]], sys.argv[2], tokenizer_path='byte')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(stage)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 9
+    with pytest.raises(ValueError, match="no data at"):
+        IndexedDataset(tmp_path / "out")
+    said: list[str] = []
+    encode(source, tmp_path / "out", report=said.append)
+    assert read_manifest(tmp_path / "out").num_documents == 20
+    assert not (tmp_path / "out.partial").exists()
+    verify(tmp_path / "out")
+
+
+def test_input_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("megagpt.data.preprocess.SHARD_BYTES", 100)
+    monkeypatch.setattr("megagpt.data.preprocess._PROGRESS_SECONDS", 0.0)
+    source = write_jsonl(tmp_path / "a.jsonl", ["good text"] * 50)
+
+    def grow(line):
+        if line.startswith("encoded"):
+            with source.open("a") as file:
+                file.write('{"text": "late"}\n')
+
+    with pytest.raises(ValueError, match="an input changed while it was read"):
+        encode(source, tmp_path / "out", report=grow)
+    assert not list(tmp_path.glob("out.[bim]*"))

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from megagpt.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.manifest import manifest_path, read_manifest, write_manifest
 from megagpt.data.preprocess import preprocess
 from megagpt.data.rewrite import adopt, merge, split
@@ -35,7 +36,7 @@ def test_a_sound_pair_passes_with_and_without_its_manifest(pair):
 
 
 def test_every_changed_byte_of_bin_is_found_in_its_block(pair, monkeypatch):
-    for module in ("indexed_dataset", "verify"):
+    for module in ("indexed_writer", "verify"):
         monkeypatch.setattr(f"megagpt.data.{module}.CHECKSUM_BLOCK_BYTES", 1000)
     monkeypatch.setattr("megagpt.data.verify._STEP_BYTES", 250)
     preprocess([f"{pair}.jsonl"], pair, tokenizer_path="byte")

@@ -1,0 +1,56 @@
+"""Files that are whole or not there, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    write_atomically(path, encode_json(content))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a small file under a temporary name and renames it; durable when it returns."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            flush_to_disk(file)
+        temporary.replace(path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def encode_json(content: Any) -> bytes:
+    """Content as this project writes it."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames in a folder durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    """Makes what was written to a file durable."""
+    file.flush()
+    os.fsync(file.fileno())
