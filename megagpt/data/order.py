@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import PCG64, RandomState, SeedSequence
 
 from megagpt.data.indexed_dataset import IndexedDataset
 
@@ -71,16 +72,17 @@ def epoch_index(
     sizes = lengths
     if not is_one_each:
         sizes = np.diff(np.append(0, np.cumsum(lengths, dtype=np.int64))[bounds - bounds[0]])
-    with_text = np.flatnonzero(sizes).astype(np.uint32)
     num_tokens = int(lengths.sum(dtype=np.int64))
     num_samples = (num_tokens - 1) // seq_length if shuffle else -(-(num_tokens - 1) // seq_length)
-    order = np.arange(num_samples, dtype=np.uint32)
+    num_documents = int(np.count_nonzero(sizes))
     if shuffle:
-        entropy = np.random.SeedSequence([seed, epoch])
-        generator = np.random.Generator(np.random.PCG64(entropy))
-        generator.shuffle(with_text)
-        generator.shuffle(order)
-    places = with_text if is_one_each else _places(with_text, bounds)
+        bits = PCG64(SeedSequence([seed, epoch]))
+        stream, order = _permutation(num_documents, bits), _permutation(num_samples, bits)
+    else:
+        stream, order = (np.arange(n, dtype=np.uint32) for n in (num_documents, num_samples))
+    if num_documents < len(sizes):
+        stream = np.flatnonzero(sizes).astype(np.uint32)[stream]
+    places = stream if is_one_each else _places(stream, bounds)
     assert not len(bounds) or bounds[-1] <= _LARGEST, "more sequences than uint32 counts"
     marks = _marks(lengths[places], num_samples, seq_length)
     sequences = places.astype(np.uint32, copy=False) + np.uint32(bounds[0])
@@ -121,7 +123,7 @@ def megatron_index(
     separate = num_epochs > 1 and wanted_of_last < int(0.8 * ((per_epoch - 1) // seq_length))
     together = before_last if separate else total
 
-    state = np.random.RandomState(seed)
+    state = RandomState(seed)
     stream = np.tile(own, num_epochs - separate)
     state.shuffle(stream)
     if separate:
@@ -136,6 +138,19 @@ def megatron_index(
         slots = np.concatenate([slots, rest])
     stream = stream[lengths[stream] > 0]
     return SampleIndex(stream, slots, _marks(lengths[stream], total, seq_length))
+
+
+def _permutation(size: int, bits: PCG64) -> np.ndarray:
+    """A random order of 0 to size - 1: [size], uint32.
+
+    Numbers go by the upper half of a random key each, and by their value where those are equal.
+    Made of the raw bits, which no version of numpy changes.
+    """
+    keys = bits.random_raw(size)
+    keys &= np.uint64(_LARGEST << 32)
+    keys |= np.arange(size, dtype=np.uint64)
+    keys.sort()
+    return keys.astype(np.uint32)
 
 
 def _places(documents: np.ndarray, bounds: np.ndarray) -> np.ndarray:
