@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from data_order import check_order
 from data_peers import SEED, SEQ_LENGTH
 from data_preprocessing import FORMAT_CHECKS, check_format, measure_preprocessing
 from data_report import AT_LEAST, AT_MOST, Report
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> int:
             work_dir, options.repeats, None if reason else options.peer_python, reason
         )
         corpus = _measure_text(report, setting, options=options)
+        check_order(report, setting)
         measure_reading(report, setting, corpus=corpus, num_tokens=options.read_tokens)
         measure_index(report, setting, corpus=corpus, num_tokens=options.index_tokens)
         measure_blend(report, setting, num_positions=options.blend_positions)

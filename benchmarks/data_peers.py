@@ -136,6 +136,55 @@ def build_blend(weights: list[float], count: int) -> float:
     return cpu_seconds(build)
 
 
+def replay(cases: list[dict[str, Any]], out: str, vocab_size: int, directory: str) -> int:
+    """Writes the samples that Megatron trains on in runs, to be compared.
+
+    Args:
+        cases: Of each run weights by prefix, seed, seq_length, num_samples and split.
+        out: .npz file of [num_samples, seq_length + 1] tokens by the number of the case.
+        vocab_size: Above all tokens.
+        directory: Where Megatron may write.
+
+    Returns:
+        The number of runs.
+    """
+    import numpy
+    import torch
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    # Its blends ask for the rank of this process.
+    meeting = f"file://{directory}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    samples = {}
+    for number, case in enumerate(cases):
+        prefixes = list(case["weights"])
+        weights = list(case["weights"].values()) if len(prefixes) > 1 else None
+        config = GPTDatasetConfig(
+            random_seed=case["seed"],
+            sequence_length=case["seq_length"],
+            blend=(prefixes, weights),
+            split=case["split"],
+            path_to_cache=f"{directory}/megatron_cache",
+            tokenizer=_Tokenizer(0),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        sizes = [case["num_samples"], 0, 0]
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+        dataset = builder.build()[0]
+        rows = [dataset[row] for row in range(case["num_samples"])]
+        samples[str(number)] = numpy.array(
+            [numpy.append(row["tokens"], row["labels"][-1:]) for row in rows]
+        )
+    numpy.savez(out, **samples)
+    return len(cases)
+
+
 def cpu_seconds(function: Callable[[], Any]) -> float:
     """CPU-seconds of this process, user and system, in one call."""
     begin = time.process_time()
@@ -212,6 +261,7 @@ _JOBS: dict[str, Callable[..., Any]] = {
         read_masked_samples,
         build_index,
         build_blend,
+        replay,
     )
 }
 
