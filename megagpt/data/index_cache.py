@@ -12,8 +12,9 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
-import tempfile
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,7 +142,10 @@ def _shapes(index: SampleIndex) -> list[list[int]]:
 
 def _write_entry(entry: Path, index: SampleIndex, key: str) -> None:
     # A name of its own: processes of two nodes may share a number, and the folder.
-    temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}{_TEMPORARY}", dir=entry.parent))
+    mark = f"{_TEMPORARY}_{socket.gethostname()}_{os.getpid()}"
+    temporary = entry.with_name(entry.name + mark)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         (temporary / "key.json").write_text(key + "\n")
         (temporary / "shapes.json").write_text(json.dumps(_shapes(index)) + "\n")
