@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,18 @@ def test_a_folder_left_by_a_kill_does_not_count(cache):
     shutil.rmtree(entry)
     assert_equal(get(cache, some_index), some_index())
     assert_equal(get(cache, never), some_index())
+
+
+def test_what_a_kill_left_is_removed_after_a_day(cache):
+    get(cache, some_index)
+    (entry,) = entries(cache)
+    for name, hours in (("old", 25), ("new", 23)):
+        left = Path(f"{entry}.tmp_{name}")
+        shutil.copytree(entry, left)
+        os.utime(left, times=(time.time() - hours * 3600,) * 2)
+    shutil.rmtree(entry)
+    get(cache, some_index)
+    assert not Path(f"{entry}.tmp_old").exists() and Path(f"{entry}.tmp_new").exists()
 
 
 def test_a_file_in_the_place_of_an_entry_warns(cache, caplog):
