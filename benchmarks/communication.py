@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from collective_counter import Call, CollectiveCounter, count_dispatched
-from runs import (
+from traffic import CAUSES, SCALAR_BYTES, Term, predict
+from training_runs import (
     LARGEST_ERROR,
     Case,
     is_within,
@@ -28,7 +29,6 @@ from runs import (
     train,
     write_records,
 )
-from traffic import CAUSES, SCALAR_BYTES, Term, predict
 
 from megagpt.config.layout import Layout
 from megagpt.parallel.topology import ParallelTopology

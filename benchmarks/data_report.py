@@ -95,7 +95,7 @@ class Report:
     def table(self) -> str:
         """Figures under their bars."""
         # Brings torch, which no measured process should have loaded.
-        from runs import markdown_table
+        from training_runs import markdown_table
 
         rows = []
         for name in (*AT_LEAST, *AT_MOST):

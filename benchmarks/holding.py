@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from runs import Case
 from shapes import Shape, local_shapes
 from traffic import padded_numel, persistent_numel
+from training_runs import Case
 
 from megagpt.config.layout import Layout
 from megagpt.config.schema import Config, ParallelConfig

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from holding import CAUSES, UNDER_WAY, Term, most_under_way_bytes, predict
-from runs import (
+from training_runs import (
     LARGEST_ERROR,
     Case,
     is_within,

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from collective_counter import ring_bytes
-from runs import Case
 from shapes import Shape, local_shapes, stage_of
+from training_runs import Case
 
 from megagpt.config.layout import Layout
 from megagpt.config.schema import Config

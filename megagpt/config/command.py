@@ -13,6 +13,7 @@ from collections.abc import Callable
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 TRACEBACK_VARIABLE = "MEGAGPT_TRACEBACK"
 """Environment variable; 1 shows the traceback of an error too."""
 
@@ -30,10 +31,17 @@ def run_command(main: Callable[[list[str]], int | None]) -> int:
         main: Takes the arguments, returns an exit code or None for 0.
 
     Returns:
-        The exit code: main's, 1 for an error, 2 for a wrong command line, 130 when interrupted.
+        The exit code: main's, 1 for an error, 2 for a wrong command line, 130 when interrupted,
+        141 when what reads the output has closed it.
     """
     try:
-        return main(sys.argv[1:]) or 0
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough; what is left unwritten goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             traceback.print_exc()

@@ -194,3 +194,17 @@ def test_traceback_is_shown_on_request() -> None:
     )
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert done.stderr.endswith("error: x\n")
+
+
+def test_a_reader_that_has_enough_ends_the_command_in_silence() -> None:
+    code = (
+        "import sys\nfrom megagpt.config.command import run_command\n"
+        "def main(argv):\n    print('line\\n' * 100_000)\nsys.exit(run_command(main))"
+    )
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -1; exit ${PIPESTATUS[0]}', sys.executable, code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (141, "line\n", "")
