@@ -20,13 +20,14 @@ from pathlib import Path
 
 import yaml
 
-from megagpt.checkpoint.state import find_checkpoint, read_state
+from megagpt.checkpoint.directory import find_checkpoint, newest_readable
+from megagpt.checkpoint.manifest import MANIFEST_FILE
 from megagpt.config.command import run_command
 from megagpt.data.compression import baselines
 from megagpt.data.documents import read_documents
-from megagpt.data.files import file_sha256, write_json
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import load_tokenizer
+from megagpt.files import file_sha256, write_json
 from megagpt.operations.hardware import cpu_computes_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +156,7 @@ def pair_is_whole(split: str) -> bool:
 def checkpoint_step() -> int:
     """Steps of the newest whole checkpoint of the run; 0 without one."""
     try:
-        return read_state(find_checkpoint(RUN)).step
+        return newest_readable(RUN).state.step
     except ValueError:
         return 0
 
@@ -163,7 +164,7 @@ def checkpoint_step() -> int:
 def evaluation_is_whole() -> bool:
     """Whether the newest checkpoint was evaluated."""
     return _read_json(RUN / "test_evaluation.json").get("step") == checkpoint_step() and _is_newer(
-        RUN / "test_evaluation.json", find_checkpoint(RUN) / "state.json"
+        RUN / "test_evaluation.json", find_checkpoint(RUN) / MANIFEST_FILE
     )
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from megagpt.config.command import run_command
-from megagpt.data.files import write_json
+from megagpt.files import write_json
 from megagpt.inference.evaluate import evaluate, read_split
 from megagpt.inference.load import load
 

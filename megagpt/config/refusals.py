@@ -208,6 +208,12 @@ def _zero_plus_plus(facts: Facts) -> str | None:
     return f"zero_optimization.{{{', '.join(keys)}}} with tensor_parallel_size={facts.tp}"
 
 
+def _async_save(facts: Facts) -> str | None:
+    if not facts.config.checkpoint.async_save or facts.offload("optimizer") != "nvme":
+        return None
+    return "checkpoint.async_save=true with zero_optimization.offload_optimizer.device=nvme"
+
+
 _TP = "choose a tensor_parallel_size that divides it"
 
 RULES: tuple[Rule, ...] = (
@@ -264,6 +270,12 @@ RULES: tuple[Rule, ...] = (
         "DeepSpeed's pipeline prints its timers every steps_per_print steps, and fails without",
         "give steps_per_print too, or remove it",
         _pipeline_timers,
+    ),
+    Rule(
+        "async_save with the optimizer's state on NVMe",
+        "its copy in host memory is what the offload is there to avoid",
+        "leave --checkpoint.async_save out",
+        _async_save,
     ),
     Rule(
         "fewer micro-batches than pipeline stages",

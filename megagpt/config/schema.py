@@ -336,13 +336,34 @@ class CheckpointConfig:
 
     save_interval: int = 100
     """Steps between saves; 0 saves only at the end."""
+    async_save: bool = False
+    """Go on training while a copy in host memory is written; not with the optimizer on NVMe."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """Whether a save that fails ends the run, or it goes on to the next one; the last one ends it
+    always."""
+    keep_last: int = 0
+    """How many of the newest checkpoints stay; 0 keeps all."""
+    keep_every: int = 0
+    """Steps whose multiples stay as well, with keep_last; 0 is none."""
     load: str = "none"
     """`none` starts afresh, `auto` resumes the newest checkpoint of the run folder, else a path."""
+    override: list[str] | None = None
+    """Settings that may differ from those of the checkpoint, as [optimizer.lr, data]."""
 
     def __post_init__(self) -> None:
-        """Checks ranges."""
-        if self.save_interval < 0:
-            raise ValueError(f"save_interval={self.save_interval} is negative; give 0 or more")
+        """Checks ranges and that no setting is without effect."""
+        for name in ("save_interval", "keep_last", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more")
+        if self.keep_every and not self.keep_last:
+            raise ValueError(
+                f"keep_every={self.keep_every} has no effect with keep_last=0, which keeps all; "
+                "give keep_last too"
+            )
+        if self.override and self.load == "none":
+            raise ValueError(
+                f"override={self.override} has no effect with load=none; give --checkpoint.load too"
+            )
 
 
 @dataclass(frozen=True)

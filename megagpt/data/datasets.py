@@ -16,12 +16,12 @@ import numpy as np
 
 from megagpt.config.schema import DataConfig
 from megagpt.data.blended_dataset import BlendedDataset, JoinedDataset
-from megagpt.data.files import file_sha256
 from megagpt.data.gpt_dataset import GPTDataset, MegatronOrder
 from megagpt.data.index_cache import IndexCache
 from megagpt.data.indexed_dataset import IndexedDataset, idx_path
 from megagpt.data.manifest import Manifest, read_manifest
 from megagpt.data.tokenizer import tokenizer_sha256
+from megagpt.files import file_sha256
 
 SPLITS = ("train", "valid", "test")
 # Megatron asks each member of a blend for so many samples more than its share.

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.files import file_sha256, flush_to_disk
 from megagpt.data.indexed_dataset import IndexedDataset
 from megagpt.data.manifest import manifest_path
 from megagpt.data.order import SampleIndex
+from megagpt.files import file_sha256, flush_to_disk
 
 _VERSION = 1
 _TEMPORARY = ".tmp"

@@ -17,8 +17,8 @@ from types import TracebackType
 
 import numpy as np
 
-from megagpt.data.files import flush_to_disk, sync_directory, write_atomically
 from megagpt.data.indexed_dataset import bin_path, dtype_code, encode_header, idx_path
+from megagpt.files import flush_to_disk, sync_directory, write_atomically
 
 CHECKSUM_BLOCK_BYTES = 64 << 20
 """Bytes of .bin to each checksum of a manifest."""

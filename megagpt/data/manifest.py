@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.files import encode_json, write_atomically
 from megagpt.data.indexed_dataset import bin_path, idx_path
 from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.tokenizer import Tokenizer
+from megagpt.files import encode_json, write_atomically
 
 FORMAT_VERSION = 2
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.data.datasets import SPLITS, split_bounds
-from megagpt.data.files import file_sha256
 from megagpt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from megagpt.data.indexed_writer import IndexedDatasetWriter
 from megagpt.data.manifest import (
@@ -22,6 +21,7 @@ from megagpt.data.manifest import (
 )
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.data.verify import checksums, verify
+from megagpt.files import file_sha256
 
 _COPY_ITEMS = 1 << 20
 

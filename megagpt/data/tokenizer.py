@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import sentencepiece
 
-from megagpt.data.files import file_sha256, write_atomically
+from megagpt.files import file_sha256, write_atomically
 
 EOD_PIECE = "<eod>"
 BYTE_TOKENIZER = "byte"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.files import file_sha256
 from megagpt.data.indexed_dataset import IndexedDataset, bin_path, idx_path
 from megagpt.data.indexed_writer import CHECKSUM_BLOCK_BYTES, read_blocks
 from megagpt.data.manifest import Manifest, manifest_path, read_manifest
+from megagpt.files import file_sha256
 
 _STEP_BYTES = 1 << 20
 

@@ -5,13 +5,13 @@ Next files: `generate.py`, `evaluate.py`.
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megagpt.checkpoint.weights import load_weights
 from megagpt.config.schema import Config
 from megagpt.data.datasets import first_prefix
 from megagpt.data.manifest import read_manifest
@@ -90,12 +90,8 @@ def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> Loaded
         ValueError: If there is no whole checkpoint, or its tokenizer is missing or another one.
     """
     device = default_device()
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Imports DeepSpeed, which decides for an accelerator at its import.
-    from megagpt.checkpoint.weights import load_model_weights
-
-    config, weights, step = load_model_weights(checkpoint)
+    state, weights = load_weights(checkpoint)
+    config = state.config
     tokenizer = load_tokenizer(_tokenizer_path(config, tokenizer_path))
     assert config.model.vocab_size is not None, "checkpoints hold the resolved configuration"
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -105,7 +101,7 @@ def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> Loaded
             "give the tokenizer it was trained with, --tokenizer PATH"
         )
     model = build_model(config, weights, device=device)
-    return LoadedModel(model, tokenizer, config, step, device)
+    return LoadedModel(model, tokenizer, config, state.step, device)
 
 
 def _tokenizer_path(config: Config, given: str | None) -> str:

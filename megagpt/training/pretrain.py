@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from megagpt.training.train_step import StepResult
     from megagpt.training.trainer import Trainer
 
+EXIT_REQUEUE = 75
+"""Stopped by a signal with its state saved: start it again (EX_TEMPFAIL of sysexits.h)."""
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "launch" / "demo.yaml"
 
 
@@ -29,14 +31,17 @@ def pretrain(arguments: list[str]) -> int:
     """Runs `launch/pretrain.py`.
 
     Returns:
-        The exit code: 0 when the run, or the part of it that was asked for, is done.
+        The exit code: 0 when the run, or the part of it that was asked for, is done; 75 when a
+        signal stopped it and its state is saved.
     """
-    train(arguments)
-    return 0
+    return EXIT_REQUEUE if train(arguments) else 0
 
 
-def train(arguments: list[str], on_step: Callable[[StepResult], bool | None] | None = None) -> None:
+def train(arguments: list[str], on_step: Callable[[StepResult], bool | None] | None = None) -> bool:
     """Checks everything, joins the process group of the launcher, and trains.
+
+    Returns:
+        Whether a signal stopped it; its state is saved then.
 
     Args:
         arguments: The command line of `launch/pretrain.py`.
@@ -57,10 +62,17 @@ def train(arguments: list[str], on_step: Callable[[StepResult], bool | None] | N
     _initialise_process_group(device)
     import torch
 
+    from megagpt.checkpoint.saver import SaveFailed
+
     try:
         trainer.run(on_step)
+    except SaveFailed:
+        if trainer.world.rank == 0:
+            raise
+        raise SystemExit(1) from None  # all ranks know of it; the first one tells
     finally:
         torch.distributed.destroy_process_group()
+    return trainer.is_interrupted
 
 
 def _check_everything(arguments: list[str]) -> tuple[Trainer, Literal["cpu", "cuda"]]:
@@ -97,7 +109,7 @@ def _check_everything(arguments: list[str]) -> tuple[Trainer, Literal["cpu", "cu
 def _demo_by_default(arguments: list[str]) -> list[str]:
     """With no run configuration and no data named, the run is the demo's, in a folder of its own.
 
-    The folder is named for DeepSpeed JSON and ranks, because a checkpoint belongs to its layout.
+    The folder is named for DeepSpeed JSON and ranks, so that who tries several meets no old run.
     """
     if any(a.startswith(("--config", "--preset", "--data.")) for a in arguments):
         return arguments

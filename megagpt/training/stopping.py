@@ -1,14 +1,60 @@
-"""When a run ends: after so many steps or tokens, or after a time."""
+"""When a run ends: after so many steps or tokens, after a time, or when it is told to.
+
+All ranks learn of it in one message after each step, for clocks and signals differ.
+"""
 
 from __future__ import annotations
 
+import signal
 import time
+from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint.state import CheckpointState
+from megagpt.checkpoint.manifest import CheckpointState
 from megagpt.config.schema import TrainingConfig
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What SLURM and launchers send before they kill."""
+
+
+class StopSignal:
+    """Remembers that this process was told to stop; a second signal ends it at once.
+
+    A context manager: outside of it signals do what they did before. Only the main thread may
+    enter it.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks agree on after a step."""
+
+    stop: str | None
+    """Why the run ends here; None if it goes on."""
+    is_signalled: bool
+    """Whether it ends because a rank was told to."""
+    has_save_failed: bool
+    """Whether a save in the background has failed on some rank."""
 
 
 def is_finished(training: TrainingConfig, state: CheckpointState) -> bool:
@@ -16,28 +62,38 @@ def is_finished(training: TrainingConfig, state: CheckpointState) -> bool:
     return _limit_reached(training, state) is not None
 
 
-def stop_reason(
-    training: TrainingConfig, state: CheckpointState, *, start_time: float
-) -> str | None:
-    """Why to stop after this step; the same answer on every rank, of which all must ask.
+def agree(
+    training: TrainingConfig,
+    state: CheckpointState,
+    *,
+    start_time: float,
+    signalled: bool,
+    has_save_failed: bool,
+) -> Verdict:
+    """How to go on after this step; a collective, the same answer on every rank.
 
     Args:
         training: The limits.
         state: After the step.
-        start_time: `time.monotonic()` at the start of this process's run.
+        start_time: `time.monotonic()` at the start of this process's run; rank 0's counts.
+        signalled: Whether this rank was told to stop.
+        has_save_failed: Whether this rank knows of a failed save.
     """
-    if limit := _limit_reached(training, state):
-        return limit
-    if training.exit_duration_seconds is not None:
-        # Clocks differ: rank 0 decides for all.
-        late = torch.tensor([time.monotonic() - start_time > training.exit_duration_seconds])
-        late = late.to(torch.int32)
-        if dist.get_backend() != "gloo":
-            late = late.cuda()
-        dist.broadcast(late, src=0)
-        if late.item():
-            return f"exit_duration_seconds={training.exit_duration_seconds} reached"
-    return None
+    limit = training.exit_duration_seconds
+    late = limit is not None and dist.get_rank() == 0 and time.monotonic() - start_time > limit
+    flags = torch.tensor([late, signalled, has_save_failed], dtype=torch.int32)
+    if dist.get_backend() != "gloo":
+        flags = flags.cuda()
+    # all-reduce over the world: each rank's flags -> whether any rank has set them
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    late, signalled, has_save_failed = (bool(flag) for flag in flags.tolist())
+    stop = _limit_reached(training, state)
+    if stop is None and late:
+        stop = f"exit_duration_seconds={limit} reached"
+    is_signalled = stop is None and signalled
+    if is_signalled:
+        stop = "a signal to stop was received"
+    return Verdict(stop, is_signalled, has_save_failed)
 
 
 def _limit_reached(training: TrainingConfig, state: CheckpointState) -> str | None:

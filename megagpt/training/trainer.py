@@ -23,19 +23,16 @@ import yaml
 from deepspeed import DeepSpeedEngine
 
 from megagpt import __version__
-from megagpt.checkpoint.saver import load_checkpoint, save_checkpoint
-from megagpt.checkpoint.state import (
-    CheckpointState,
-    find_checkpoint,
-    read_state,
-    refuse_other_run,
-)
+from megagpt.checkpoint.directory import complete_steps, newest_readable
+from megagpt.checkpoint.manifest import CheckpointState, Layout
+from megagpt.checkpoint.same_run import refuse_other_run
+from megagpt.checkpoint.saver import Checkpointer, SaveFailed
 from megagpt.config.command_line import config_to_dict
 from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
 from megagpt.config.schema import Config
 from megagpt.data.datasets import Dataset, build_datasets, data_fingerprint, first_prefix
-from megagpt.data.files import write_json
 from megagpt.data.manifest import read_manifest
+from megagpt.files import write_json
 from megagpt.model.build import build_model
 from megagpt.model.gpt import count_parameters
 from megagpt.monitor.memory import memory_metrics
@@ -48,7 +45,7 @@ from megagpt.parallel.topology import ParallelTopology
 from megagpt.training.batches import Batches
 from megagpt.training.engine import build_engine, parameter_norm
 from megagpt.training.schedule import learning_rate
-from megagpt.training.stopping import is_finished, stop_reason
+from megagpt.training.stopping import StopSignal, agree, is_finished
 from megagpt.training.train_step import StepResult, evaluate, train_step
 
 logger = logging.getLogger("megagpt")
@@ -110,9 +107,14 @@ class Trainer:
             pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         )
         zero = self.resolved.values.get("zero_optimization", {})
-        self.zero_stage = zero.get("stage", 0)
-        self.offload = zero.get("offload_optimizer", {}).get("device", "none")
-        if "nvme" in (self.offload, zero.get("offload_param", {}).get("device")):
+        self.layout = Layout(
+            world_size=world.size,
+            tensor_parallel_size=config.parallel.tensor_parallel_size,
+            pipeline_parallel_size=config.parallel.pipeline_parallel_size,
+            zero_stage=zero.get("stage", 0),
+            offload=zero.get("offload_optimizer", {}).get("device", "none"),
+        )
+        if "nvme" in (self.layout.offload, zero.get("offload_param", {}).get("device")):
             if problem := async_io_problem():
                 raise ValueError(problem)
         self.config = _with_vocab_size(config)
@@ -124,6 +126,7 @@ class Trainer:
             vocab_size=self.config.model.vocab_size,
             train_samples=train_samples,
         )
+        self.tokenizer_sha256 = _tokenizer_sha256(self.config)
         self.fingerprint = data_fingerprint(self.config.data, train_samples=train_samples)
         self.run_directory = Path(config.output_dir)
         self.checkpoints = self.run_directory / "checkpoints"
@@ -134,41 +137,49 @@ class Trainer:
             dp_rank=dp_rank,
             dp_size=self.topology.data_parallel_size,
         )
-        self.state, self.load_directory = self._starting_point()
+        self.load_path: Path | None = None
+        self.overridden: list[str] = []
+        self.is_interrupted = False  # by a signal to stop; the state is saved
+        self.state = self._starting_point()
         self.table = format_resolved_table(self.config, sources, self.resolved)
         _require_writable(self.run_directory)
 
-    def _starting_point(self) -> tuple[CheckpointState, Path | None]:
-        fresh = CheckpointState(
-            step=0,
-            consumed_samples=0,
-            consumed_tokens=0,
-            world_size=self.world.size,
-            zero_stage=self.zero_stage,
-            offload=self.offload,
-            data_fingerprint=self.fingerprint,
-            config=self.config,
-        )
+    def _starting_point(self) -> CheckpointState:
+        """The state of a fresh run, or that of the checkpoint that will be loaded."""
         load = self.config.checkpoint.load
         if load == "none":
-            if list(self.checkpoints.glob("step_*/state.json")):
+            if complete_steps(self.checkpoints):
                 raise ValueError(
                     f"output_dir={self.run_directory} already holds checkpoints, which a "
                     f"fresh run would "
                     "overwrite; resume with --checkpoint.load auto, or name another --output_dir"
                 )
-            return fresh, None
-        directory = find_checkpoint(self.run_directory if load == "auto" else Path(load))
-        saved = read_state(directory)
-        refuse_other_run(
+            return CheckpointState(
+                step=0,
+                consumed_samples=0,
+                consumed_tokens=0,
+                config=self.config,
+                data_fingerprint=self.fingerprint,
+                tokenizer_sha256=self.tokenizer_sha256,
+            )
+        self.load_path = self.run_directory if load == "auto" else Path(load)
+        return self._continued(newest_readable(self.load_path).state)
+
+    def _continued(self, saved: CheckpointState) -> CheckpointState:
+        """The state to go on from; refuses one that another run wrote."""
+        self.overridden = refuse_other_run(
             saved,
             self.config,
-            world_size=self.world.size,
-            zero_stage=self.zero_stage,
-            offload=self.offload,
             data_fingerprint=self.fingerprint,
+            tokenizer_sha256=self.tokenizer_sha256,
+            override=self.config.checkpoint.override or (),
         )
-        return dataclasses.replace(saved, config=self.config), directory
+        return dataclasses.replace(
+            saved,
+            config=self.config,
+            data_fingerprint=self.fingerprint,
+            tokenizer_sha256=self.tokenizer_sha256,
+        )
 
     def run(self, on_step: Callable[[StepResult], bool | None] | None = None) -> dict:
         """Trains to the end or to a stopping rule; needs an initialised process group.
@@ -209,15 +220,20 @@ class Trainer:
             recompute=config.training.activation_checkpointing,
             has_position_ids=config.data.document_masking,
         )
-        num_parameters = count_parameters(config.model)
         engine = self.engine = build_engine(
             model, config.optimizer, self.resolved.values, self.groups
         )
-        if self.load_directory is not None:
-            load_checkpoint(engine, self.load_directory)
-            logger.info(f"resumed from {self.load_directory} at step {self.state.step}")
+        checkpointer = Checkpointer(
+            self.checkpoints,
+            engine,
+            self.groups,
+            layout=self.layout,
+            config=config.checkpoint,
+        )
+        if self.load_path is not None:
+            self._resume(checkpointer)
         logger.info(
-            f"parameters: {num_parameters:,} | tokens / micro-batch / rank: "
+            f"parameters: {count_parameters(config.model):,} | tokens / micro-batch / rank: "
             f"{config.batch.micro_batch_size} x {config.model.seq_length} | tokens / step: "
             f"{config.batch.global_batch_size * config.model.seq_length:,} | ranks: "
             f"{self._layout_words()} | precision: {config.training.precision}"
@@ -230,14 +246,30 @@ class Trainer:
             consumed_samples=self.state.consumed_samples,
         )
         metrics.text("resolved configuration", self.table)
-        validation_loss: float | None = None
+        with StopSignal() as stop_signal:
+            summary = self._train(checkpointer, metrics, stop_signal, on_step)
+        metrics.close()
+        checkpointer.close()
+        self.batches.close()
+        self._remove_swap_files()
+        return summary
+
+    def _train(
+        self,
+        checkpointer: Checkpointer,
+        metrics: MetricLogger,
+        stop_signal: StopSignal,
+        on_step: Callable[[StepResult], bool | None] | None,
+    ) -> dict:
+        """Steps, validations and saves until a stopping rule or a signal; the summary."""
+        config, engine = self.config, self.engine
+        validation: dict[str, float] = {}
         trained_tokens, train_seconds = 0, 0.0
         skipped = nan = 0
         while True:
             result, lr, seconds = self._advance(engine)
             if on_step is not None and on_step(result):
-                summary = {}
-                break
+                return {}
             trained_tokens += result.num_tokens
             train_seconds += seconds
             skipped += not engine.was_step_applied()
@@ -247,40 +279,87 @@ class Trainer:
                 values = self._step_metrics(engine, result, lr, seconds)
                 values |= {"skipped-iterations": skipped, "nan-iterations": nan}
                 metrics.training(step, self.state.consumed_samples, values)
-            stop = stop_reason(config.training, self.state, start_time=self.start_time)
-            if self._is_due(config.training.eval_interval, stop):
-                losses = self._validate(engine, metrics)
-                validation_loss = losses.get("valid")
-            if stop:
-                summary = {
-                    "megagpt_version": __version__,
-                    "num_parameters": num_parameters,
-                    "step": step,
-                    "tokens": self.state.consumed_tokens,
-                    "tokens_per_second": trained_tokens / train_seconds,
-                    "train_loss": result.loss,
-                    "validation_loss": validation_loss,
-                    **{
-                        f"validation_loss-{split.removeprefix('valid-')}": loss
-                        for split, loss in losses.items()
-                        if split != "valid"
-                    },
-                    "seconds": time.monotonic() - self.start_time,
-                }
-                # Before the last checkpoint, which marks the run as done.
-                if self.world.rank == 0:
-                    write_json(self.run_directory / "training_summary.json", summary)
+            verdict = agree(
+                config.training,
+                self.state,
+                start_time=self.start_time,
+                signalled=stop_signal.received is not None,
+                has_save_failed=checkpointer.has_failed,
+            )
+            if verdict.has_save_failed:
+                self._finish_save(checkpointer)
+            stop, self.is_interrupted = verdict.stop, verdict.is_signalled
+            # Told to stop, there may be little time: save, and evaluate another day.
+            if self._is_due(config.training.eval_interval, stop) and not self.is_interrupted:
+                validation = self._validate(engine, metrics)
+            summary = {}
+            if stop and not self.is_interrupted:
+                summary = self._summary(
+                    result, validation, tokens_per_second=trained_tokens / train_seconds
+                )
             if self._is_due(config.checkpoint.save_interval, stop):
-                logger.info(f"saving checkpoint at iteration {step:7d} to {self.checkpoints}")
-                save_checkpoint(engine, self.checkpoints, self.state, self.groups)
-                logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
+                self._save(checkpointer, is_last=stop is not None)
             if stop:
                 logger.info(f"stopping at step {step}: {stop}")
-                break
-        metrics.close()
-        self.batches.close()
-        self._remove_swap_files()
+                return summary
+
+    def _summary(
+        self, result: StepResult, validation: dict[str, float], *, tokens_per_second: float
+    ) -> dict:
+        """The figures of the run, also written; before the last checkpoint, which marks its end."""
+        summary = {
+            "megagpt_version": __version__,
+            "num_parameters": count_parameters(self.config.model),
+            "step": self.state.step,
+            "tokens": self.state.consumed_tokens,
+            "tokens_per_second": tokens_per_second,
+            "train_loss": result.loss,
+            "validation_loss": validation.get("valid"),
+            **{
+                f"validation_loss-{split.removeprefix('valid-')}": loss
+                for split, loss in validation.items()
+                if split != "valid"
+            },
+            "seconds": time.monotonic() - self.start_time,
+        }
+        if self.world.rank == 0:
+            write_json(self.run_directory / "training_summary.json", summary)
         return summary
+
+    def _resume(self, checkpointer: Checkpointer) -> None:
+        """Loads the checkpoint; if it is damaged, the one before it in the same folder."""
+        assert self.load_path is not None
+        saved, directory = checkpointer.load(self.load_path)
+        self.state = self._continued(saved)
+        for difference in self.overridden:
+            logger.info(f"overridden: {difference}")
+        logger.info(f"resumed from {directory} at step {self.state.step}")
+
+    def _save(self, checkpointer: Checkpointer, *, is_last: bool) -> None:
+        """Saves the state; the last time it waits until it is on disk."""
+        step = self.state.step
+        self._finish_save(checkpointer)  # the one before, in the background
+        logger.info(f"saving checkpoint at iteration {step:7d} to {self.checkpoints}")
+        try:
+            checkpointer.save(self.state)
+            if is_last:
+                checkpointer.finish()
+        except SaveFailed as error:
+            self._save_failed(error, is_last=is_last)
+            return
+        if is_last or not self.config.checkpoint.async_save:
+            logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
+
+    def _finish_save(self, checkpointer: Checkpointer) -> None:
+        try:
+            checkpointer.finish()
+        except SaveFailed as error:
+            self._save_failed(error, is_last=False)
+
+    def _save_failed(self, error: SaveFailed, *, is_last: bool) -> None:
+        if is_last or self.config.checkpoint.on_save_error == "stop":
+            raise error
+        logger.warning(f"warning: {error}; training goes on (checkpoint.on_save_error=continue)")
 
     def _remove_swap_files(self) -> None:
         """Removes what NVMe offload left in the run folder; a path of the user's stays as it is."""
@@ -337,7 +416,7 @@ class Trainer:
         return (
             f"{self.world.size} (data {topology.data_parallel_size} x tensor "
             f"{topology.tensor_parallel_size}{sequence} x pipeline "
-            f"{topology.pipeline_parallel_size}) | ZeRO stage: {self.zero_stage}"
+            f"{topology.pipeline_parallel_size}) | ZeRO stage: {self.layout.zero_stage}"
         )
 
     def _step_metrics(
@@ -409,6 +488,13 @@ def _with_vocab_size(config: Config) -> Config:
             f"{prefix}; raise it or leave it out"
         )
     return config
+
+
+def _tokenizer_sha256(config: Config) -> str | None:
+    """Hash of the tokenizer that the data's manifest names."""
+    prefix = first_prefix(config.data)
+    manifest = read_manifest(prefix) if prefix else None
+    return manifest.tokenizer_sha256 if manifest else None
 
 
 def _require_writable(directory: Path) -> None:

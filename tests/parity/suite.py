@@ -88,8 +88,7 @@ def train_cells(rank: int, world_size: int, cells: list[Cell], data: Path, root:
 
 
 def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: Path) -> tuple:
-    from safetensors.numpy import load_file
-
+    from megagpt.checkpoint.weights import load_weights
     from megagpt.training.trainer import Trainer, World
 
     config, _, sources = parse_config(arguments(cell, data, output_dir))
@@ -116,8 +115,7 @@ def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: P
     drifted = [] if "nvme" in cell.layout else drifted_weights(trainer)
     weights = {}
     if rank == 0:
-        (saved,) = output_dir.glob("checkpoints/step_*/weights.safetensors")
-        weights = load_file(saved)
+        weights = {name: w.numpy() for name, w in load_weights(output_dir)[1].items()}
     return curve, summary["validation_loss"], weights, drifted
 
 

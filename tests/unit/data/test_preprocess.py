@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megagpt.data.files import file_sha256
 from megagpt.data.indexed_dataset import IndexedDataset
 from megagpt.data.manifest import read_manifest
 from megagpt.data.preprocess import FaultPolicy, preprocess
 from megagpt.data.tokenizer import ByteTokenizer
 from megagpt.data.verify import verify
+from megagpt.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = str(ROOT / "tools/preprocess_data.py")

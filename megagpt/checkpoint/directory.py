@@ -1,0 +1,194 @@
+"""The folder of a run's checkpoints: what is complete, what is newest, what may go.
+
+A step appears by one rename and disappears by one, so that no reader ever sees a part of one.
+`latest` names the newest for people and scripts; nothing depends on it being there.
+Knows no torch. Next file: `saver.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from megagpt.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, read_manifest
+from megagpt.files import encode_json, sync_directory, write_atomically
+
+logger = logging.getLogger("megagpt")
+
+LATEST_FILE = "latest"
+_STEP = re.compile(r"step_(\d{8,})")
+_REPLACED = ".replaced_"
+
+
+def step_directory(checkpoints: Path, step: int) -> Path:
+    """Folder of one step."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def staging_directory(target: Path) -> Path:
+    """Where a step is written before it is complete."""
+    return target.with_name(f".staging_{target.name}")
+
+
+def _replaced_directory(target: Path) -> Path:
+    """Where a step is put when it is written anew."""
+    return target.with_name(f"{_REPLACED}{target.name}")
+
+
+def complete_steps(checkpoints: Path) -> dict[int, Path]:
+    """Step folders that have a manifest, by step, in order."""
+    steps = {}
+    for path in checkpoints.glob(f"*step_*/{MANIFEST_FILE}"):
+        name = path.parent.name
+        if match := _STEP.fullmatch(name):
+            steps[int(match[1])] = path.parent
+        elif match := _STEP.fullmatch(name.removeprefix(_REPLACED)):
+            # Killed between the two renames of `publish`: it counts under its old name.
+            steps.setdefault(int(match[1]), path.parent)
+    return dict(sorted(steps.items()))
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The step folders meant by a path, the one to resume first.
+
+    A step folder means itself. A run folder means its newest step and, should that be damaged, the
+    ones before. The newest is the one that was saved last, which is not always the one of the
+    highest number: a run may have gone back and be on its way again.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        return [path]
+    for root in (path / "checkpoints", path):
+        steps = complete_steps(root)
+        if steps:
+            newest = _newest(root, steps)
+            return [steps[step] for step in sorted(steps, reverse=True) if step <= newest]
+    raise ValueError(
+        f"{path} holds no complete checkpoint; train first, name another folder, "
+        "or start afresh with --checkpoint.load none"
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The step folder meant by a path: itself, or the newest complete one of a run folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return find_checkpoints(path)[0]
+
+
+def newest_readable(path: Path) -> CheckpointManifest:
+    """The manifest of the first of `find_checkpoints` that is not damaged.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    candidates = find_checkpoints(path)
+    for directory in candidates[:-1]:
+        manifest = _manifest_or_none(directory)
+        if manifest is not None:
+            return manifest
+    return read_manifest(candidates[-1])
+
+
+def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
+    """The step that `latest` names, or one that was saved after it."""
+    named = read_latest(checkpoints)
+    if named is None or named[0] not in steps:
+        return max(steps)
+    step, sha256 = named
+    if _manifest_or_none(steps[step], sha256) is None:
+        return max(steps)
+    # Between the rename of a step and the writing of `latest` a kill leaves one step unnamed.
+    for later in steps:
+        manifest = _manifest_or_none(steps[later]) if later > step else None
+        if manifest is not None and manifest.previous == sha256:
+            step, sha256 = later, manifest.sha256
+    return step
+
+
+def _manifest_or_none(directory: Path, sha256: str | None = None) -> CheckpointManifest | None:
+    try:
+        manifest = read_manifest(directory)
+    except ValueError:
+        return None
+    return manifest if sha256 in (None, manifest.sha256) else None
+
+
+def read_latest(checkpoints: Path) -> tuple[int, str] | None:
+    """What `latest` says, (step, hash of its manifest); None where it says nothing sensible."""
+    try:
+        values = json.loads((checkpoints / LATEST_FILE).read_bytes().decode())
+        match = _STEP.fullmatch(values["step"])
+        return (int(match[1]), str(values["sha256"])) if match else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        logger.info(f"warning: {checkpoints / LATEST_FILE} is damaged; it is not used")
+        return None
+
+
+def write_latest(checkpoints: Path, step: int, sha256: str) -> None:
+    """Names the newest step, whole or not at all."""
+    name = step_directory(checkpoints, step).name
+    write_atomically(checkpoints / LATEST_FILE, encode_json({"step": name, "sha256": sha256}))
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Makes a staged step appear; one that is there under its name goes when the new one is in."""
+    sync_directory(staging)
+    replaced = _replaced_directory(target)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    staging.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Removes what a killed run left half-written or half-removed; called by one process."""
+    for path in sorted(checkpoints.glob(f"{_REPLACED}step_*")):
+        target = path.with_name(path.name.removeprefix(_REPLACED))
+        if not target.exists() and (path / MANIFEST_FILE).is_file():
+            path.rename(target)  # killed between the two renames of `publish`
+    for pattern in (".staging_step_*", ".replaced_step_*", ".removed_step_*"):
+        for path in checkpoints.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.glob(f"{LATEST_FILE}.tmp*"):
+        path.unlink(missing_ok=True)
+
+
+def remove_step(directory: Path) -> None:
+    """Removes a step: its manifest first, then its name, then its files."""
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+    removed = directory.with_name(f".removed_{directory.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    directory.rename(removed)
+    sync_directory(directory.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def steps_to_remove(steps: list[int], newest: int, *, keep_last: int, keep_every: int) -> list[int]:
+    """Which complete steps retention lets go.
+
+    Args:
+        steps: All complete steps.
+        newest: The one saved last, which stays. Higher ones are of a line that was left, and stay.
+        keep_last: How many of the newest stay; 0 is all.
+        keep_every: Multiples of this stay as well; 0 is none.
+    """
+    line = sorted(step for step in steps if step <= newest)
+    if keep_last == 0:
+        return []
+    return [
+        step
+        for step in line[:-keep_last]
+        if step != newest and not (keep_every and step % keep_every == 0)
+    ]

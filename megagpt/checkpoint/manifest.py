@@ -1,0 +1,257 @@
+"""`manifest.json`: what a checkpoint holds, where, and the state of the run that wrote it.
+
+It is written last, so its presence means whole; it holds a hash of itself and of every block of
+every other file. JSON only: nothing of a checkpoint is ever unpickled or run. Knows no torch.
+Next files: `directory.py`, `reader.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megagpt.checkpoint.shard_file import BLOCK_BYTES, DamagedCheckpoint, FileRecord
+from megagpt.checkpoint.slices import Slice, whole
+from megagpt.config.command_line import config_from_dict, config_to_dict
+from megagpt.config.schema import Config
+from megagpt.files import write_atomically
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""What is kept of a parameter: the fp32 master weight and Adam's two moments."""
+
+_DIGEST_KEY = '"sha256": "'
+_NO_DIGEST = "0" * 64
+
+
+def weights_file(shard: int) -> str:
+    """Name of a rank's weights."""
+    return f"weights-{shard:05d}.safetensors"
+
+
+def optimizer_file(shard: int) -> str:
+    """Name of a rank's moments."""
+    return f"optimizer-{shard:05d}.safetensors"
+
+
+def tensor_key(kind: str, name: str) -> tuple[bool, str]:
+    """Whether a kind stands in the optimizer's file, and the tensor's name in its file."""
+    return (False, name) if kind == "weight" else (True, f"{kind}.{name}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks that wrote a checkpoint were divided."""
+
+    world_size: int
+    """Ranks."""
+    tensor_parallel_size: int = 1
+    """Ranks of each layer."""
+    pipeline_parallel_size: int = 1
+    """Stages."""
+    zero_stage: int = 0
+    """ZeRO stage."""
+    offload: str = "none"
+    """Where the optimizer's state was: none, cpu or nvme."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """Position of a run, and what decides how it goes on."""
+
+    step: int
+    """Optimizer steps completed."""
+    consumed_samples: int
+    """Training samples completed."""
+    consumed_tokens: int
+    """Valid training tokens completed."""
+    config: Config
+    """The configuration that it was trained with."""
+    data_fingerprint: dict[str, Any]
+    """Sizes and hashes of the data, by split."""
+    tokenizer_sha256: str | None = None
+    """Hash of the tokenizer, where the data's manifest tells it."""
+    learning_rate: float = 0.0
+    """Of the last step; the schedule depends on the step alone."""
+    adam_step: int = 0
+    """Updates that Adam has made; steps that an overflow skipped are not among them."""
+    loss_scaler: dict[str, Any] = field(default_factory=dict)
+    """Plain values of the fp16 loss scaler; empty in other precisions."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor in the files of one shard."""
+
+    shard: int
+    """The rank that wrote it, and the number in the names of its files."""
+    slice: Slice
+    """Which part."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A parameter: the same pieces for its weight and its moments."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor, without the padding of the vocabulary."""
+    pieces: tuple[Piece, ...]
+    """In the order of the shards; together they are the tensor, each element once."""
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """All that a reader needs to know of a checkpoint."""
+
+    state: CheckpointState
+    """Position of the run."""
+    layout: Layout
+    """Of the ranks that wrote it."""
+    tensors: Mapping[str, TensorRecord]
+    """By canonical name."""
+    files: Mapping[str, FileRecord]
+    """By name in the folder."""
+    versions: Mapping[str, str]
+    """Of megagpt and what it stands on."""
+    created: str = ""
+    """When, in UTC."""
+    previous: str | None = None
+    """Hash of the manifest of the checkpoint before, in the line of this run."""
+    sha256: str = ""
+    """Hash of this manifest, known once it is written or read."""
+
+
+def write_manifest(directory: Path, manifest: CheckpointManifest) -> str:
+    """Writes the manifest, whole or not at all; returns its hash."""
+    text = _encode(manifest)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    text = text.replace(_DIGEST_KEY + _NO_DIGEST, _DIGEST_KEY + digest, 1)
+    write_atomically(directory / MANIFEST_FILE, text.encode())
+    return digest
+
+
+def read_manifest(directory: Path) -> CheckpointManifest:
+    """Reads and checks the manifest of a step folder; reads no other file.
+
+    Raises:
+        DamagedCheckpoint: If it is not what was written.
+        ValueError: If there is none, or a newer version wrote it.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{directory} holds no complete checkpoint ({MANIFEST_FILE} is missing); name a "
+            "step_* folder or a run folder that has one"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    values = _verified(content, path)
+    version = values.get("format")
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, this version of megagpt reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    try:
+        return _decode(values)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _verified(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON, if its hash is its own."""
+    try:
+        text = content.decode()
+        values = json.loads(text)
+        digest = values["sha256"]
+        blank = text.replace(_DIGEST_KEY + digest, _DIGEST_KEY + _NO_DIGEST, 1)
+    except (ValueError, KeyError, TypeError):
+        raise DamagedCheckpoint(f"{path} is damaged: it is not a manifest") from None
+    if hashlib.sha256(blank.encode()).hexdigest() != digest:
+        raise DamagedCheckpoint(f"{path} is damaged: its content has not the hash that it names")
+    return values
+
+
+def _encode(manifest: CheckpointManifest) -> str:
+    """One line for each tensor and file, so that a person can read it."""
+    state = dataclasses.asdict(manifest.state) | {"config": config_to_dict(manifest.state.config)}
+    head = {
+        "format": FORMAT,
+        "sha256": _NO_DIGEST,
+        "created": manifest.created,
+        "previous": manifest.previous,
+        "versions": dict(manifest.versions),
+        "layout": dataclasses.asdict(manifest.layout),
+        "state": state,
+        "block_bytes": BLOCK_BYTES,
+    }
+    tensors = {
+        name: {
+            "shape": record.shape,
+            "dtype": "F32",
+            "pieces": [{"shard": p.shard, **dataclasses.asdict(p.slice)} for p in record.pieces],
+        }
+        for name, record in manifest.tensors.items()
+    }
+    files = {
+        name: {"bytes": record.num_bytes, "block_sha256": record.block_sha256}
+        for name, record in manifest.files.items()
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    for key, entries in (("tensors", tensors), ("files", files)):
+        rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
+        lines.append(f"{json.dumps(key)}: {{\n{rows}\n }}")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def _decode(values: dict[str, Any]) -> CheckpointManifest:
+    if values["block_bytes"] != BLOCK_BYTES:
+        raise KeyError(f"block_bytes {values['block_bytes']}")
+    state = dict(values["state"])
+    state["config"] = config_from_dict(state["config"])
+    tensors = {
+        name: TensorRecord(
+            tuple(entry["shape"]),
+            tuple(
+                Piece(
+                    p["shard"],
+                    Slice(tuple(p["rows"]), tuple(p["columns"]), p["start"], p["end"]),
+                )
+                for p in entry["pieces"]
+            ),
+        )
+        for name, entry in values["tensors"].items()
+    }
+    return CheckpointManifest(
+        state=CheckpointState(**state),
+        layout=Layout(**values["layout"]),
+        tensors=tensors,
+        files={
+            name: FileRecord(entry["bytes"], tuple(entry["block_sha256"]))
+            for name, entry in values["files"].items()
+        },
+        versions=values["versions"],
+        created=values["created"],
+        previous=values["previous"],
+        sha256=values["sha256"],
+    )
+
+
+def check_cover(tensors: Mapping[str, TensorRecord]) -> None:
+    """Checks that the pieces of each tensor are as many elements as it has.
+
+    Raises:
+        ValueError: With the first tensor that they do not make up; an error of this program.
+    """
+    for name, record in tensors.items():
+        size, pieces = whole(record.shape).size, sum(p.slice.size for p in record.pieces)
+        if pieces != size:
+            raise ValueError(f"{name} has {size} elements, its pieces {pieces}")

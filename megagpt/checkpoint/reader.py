@@ -1,0 +1,147 @@
+"""Reading a checkpoint: any part of any tensor, whatever layout wrote it.
+
+Only the blocks that hold what is asked for are read, and each is compared with its hash first.
+Knows no torch; `saver.py` and `weights.py` are its callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    optimizer_file,
+    read_manifest,
+    tensor_key,
+    weights_file,
+)
+from megagpt.checkpoint.shard_file import DamagedCheckpoint, ShardReader
+from megagpt.checkpoint.slices import Slice, overlaps, whole
+
+_MAX_OPEN_FILES = 128
+
+
+class CheckpointReader:
+    """An open checkpoint; a context manager.
+
+    Args:
+        directory: A step folder.
+
+    Raises:
+        ValueError: If it is not a complete checkpoint; DamagedCheckpoint if it was one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest: CheckpointManifest = read_manifest(directory)
+        self._files: dict[str, ShardReader] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def read_into(self, name: str, part: Slice, targets: dict[str, np.ndarray]) -> None:
+        """Reads a part of a parameter.
+
+        Args:
+            name: Canonical name.
+            part: Which part.
+            targets: [elements of part], float32, contiguous, for each kind asked for.
+
+        Raises:
+            ValueError: If the checkpoint has no such parameter, or not all of the part.
+        """
+        record = self.manifest.tensors.get(name)
+        if record is None:
+            raise ValueError(f"{self.directory} has no {name}; it is of another model")
+        found = 0
+        for piece in record.pieces:
+            for overlap in overlaps(part, piece.slice):
+                found += overlap.size
+                for kind, target in targets.items():
+                    in_optimizer, key = tensor_key(kind, name)
+                    file = self._file(
+                        (optimizer_file if in_optimizer else weights_file)(piece.shard)
+                    )
+                    begin, end = overlap.source_span
+                    if overlap.is_contiguous:
+                        at = overlap.target_offset
+                        file.read_into(key, begin, target[at : at + overlap.size])
+                    else:
+                        span = np.empty(end - begin, np.float32)
+                        file.read_into(key, begin, span)
+                        overlap.copy(span, target)
+        if found != part.size:
+            raise ValueError(
+                f"{self.directory} has {found} of the {part.size} elements of {name} that are "
+                "asked for; it is of another model"
+            )
+
+    def tensor(self, name: str, kind: str = "weight") -> np.ndarray:
+        """A whole tensor, in its shape."""
+        record = self.manifest.tensors[name]
+        values = np.empty(whole(record.shape).size, np.float32)
+        self.read_into(name, whole(record.shape), {kind: values})
+        return values.reshape(record.shape)
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every weight by canonical name, one at a time."""
+        for name in self.manifest.tensors:
+            yield name, self.tensor(name)
+
+    def extra(self, shard: int, name: str) -> np.ndarray | None:
+        """What a rank keeps beside the parameters; None if it keeps none of the name."""
+        file = self._file(optimizer_file(shard))
+        return file.read(name) if name in file.names() else None
+
+    def verify(self, file: str) -> None:
+        """Reads all of one file.
+
+        Raises:
+            DamagedCheckpoint: If it is not what was written.
+        """
+        self._file(file).verify()
+
+    def _file(self, name: str) -> ShardReader:
+        if name not in self._files:
+            record = self.manifest.files.get(name)
+            if record is None:
+                raise DamagedCheckpoint(f"{self.directory}: the manifest knows no file {name}")
+            if len(self._files) == _MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[name] = ShardReader(self.directory / name, record)
+        return self._files[name]
+
+
+def verify_checkpoint(directory: Path) -> list[str]:
+    """Compares every file of a step folder with its manifest.
+
+    Returns:
+        What is wrong, a line each; empty if all is well.
+    """
+    try:
+        reader = CheckpointReader(directory)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    with reader:
+        for name in sorted(reader.manifest.files):
+            try:
+                reader.verify(name)
+            except (DamagedCheckpoint, OSError) as error:
+                problems.append(str(error))
+    return problems
+
+
+def stray_files(directory: Path, manifest: CheckpointManifest) -> list[str]:
+    """Files of a step folder that its manifest does not know; nothing ever reads them."""
+    known = {*manifest.files, MANIFEST_FILE}
+    return sorted(path.name for path in directory.iterdir() if path.name not in known)

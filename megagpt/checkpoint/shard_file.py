@@ -1,0 +1,259 @@
+"""One safetensors file, written and read in blocks that each have a hash.
+
+The format is safetensors' own, which any reader of it opens; the hashes stand in the manifest. A
+block is compared with its hash before anything of it is used. Knows nothing of layouts.
+Next file: `manifest.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+BLOCK_BYTES = 8 << 20
+_INLINE_BYTES = 256 << 10
+"""Below this, handing bytes to the hashing thread costs more than hashing them."""
+
+_DTYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest keeps of a file."""
+
+    num_bytes: int
+    """Its length."""
+    block_sha256: tuple[str, ...]
+    """Hash of each block of BLOCK_BYTES, in hex."""
+
+
+class ShardWriter:
+    """Writes the tensors of a file in the order of its header.
+
+    Args:
+        path: Must not exist.
+        tensors: Shape and type by name, in the order in which they will be written.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        self.path = path
+        self._digests: list[str] = []
+        self._hash = hashlib.sha256()
+        self._num_bytes = 0
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        header, offset = {}, 0
+        for name, (shape, dtype) in tensors.items():
+            end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        try:
+            self._write(memoryview(len(text).to_bytes(8, "little") + text))
+        except BaseException:
+            self.abandon()
+            raise
+        self._expected_bytes = self._num_bytes + offset
+
+    def write(self, values: np.ndarray) -> None:
+        """Appends a tensor; its memory may change when this returns."""
+        data = np.ascontiguousarray(values).data.cast("B")
+        for begin in range(0, len(data), BLOCK_BYTES):
+            self._write(data[begin : begin + BLOCK_BYTES])
+
+    def _write(self, data: memoryview) -> None:
+        if len(data) < _INLINE_BYTES:
+            self._update(data)
+            self._write_bytes(data)
+            return
+        hashed = self._hasher.submit(self._update, data)  # at the same time as the writing
+        try:
+            self._write_bytes(data)
+        finally:
+            hashed.result()
+
+    def _write_bytes(self, data: memoryview) -> None:
+        while data:
+            written = os.write(self._descriptor, data)
+            if not written:
+                raise OSError(errno.EIO, "nothing was written", str(self.path))
+            data = data[written:]
+
+    def _update(self, data: memoryview) -> None:
+        while data:
+            room = BLOCK_BYTES - self._num_bytes % BLOCK_BYTES
+            part, data = data[:room], data[room:]
+            self._hash.update(part)
+            self._num_bytes += len(part)
+            if self._num_bytes % BLOCK_BYTES == 0:
+                self._digests.append(self._hash.hexdigest())
+                self._hash = hashlib.sha256()
+
+    def close(self) -> FileRecord:
+        """Makes the file durable."""
+        assert self._num_bytes == self._expected_bytes, "the header promised other tensors"
+        if self._num_bytes % BLOCK_BYTES:
+            self._digests.append(self._hash.hexdigest())
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            self.abandon()
+        return FileRecord(self._num_bytes, tuple(self._digests))
+
+    def abandon(self) -> None:
+        """Ends the thread and closes the file, if that is not done yet."""
+        self._hasher.shutdown()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class ShardReader:
+    """Reads verified parts of a file.
+
+    Args:
+        path: The file.
+        record: What its manifest says of it.
+
+    Raises:
+        DamagedCheckpoint: If it is missing, or has another length.
+    """
+
+    def __init__(self, path: Path, record: FileRecord) -> None:
+        self.path = path
+        self.record = record
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{path} is missing") from None
+        try:
+            found = os.fstat(self._descriptor).st_size
+            if found != record.num_bytes:
+                raise DamagedCheckpoint(
+                    f"{path} has {found:,} bytes, its manifest says {record.num_bytes:,}"
+                )
+            # Kept, because small tensors stand many to a block.
+            self._block = lru_cache(maxsize=2)(self._read_block)
+            self._tensors = self._read_header()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._block.cache_clear()
+        os.close(self._descriptor)
+
+    def names(self) -> list[str]:
+        """Tensors of the file."""
+        return list(self._tensors)
+
+    def read_into(self, name: str, first: int, target: np.ndarray) -> None:
+        """Reads consecutive elements of a tensor.
+
+        Args:
+            name: Of the tensor.
+            first: Its first element to read, in flat order.
+            target: [elements], contiguous, of the tensor's type.
+
+        Raises:
+            DamagedCheckpoint: If a block is not the one that was written.
+        """
+        begin, end, dtype = self._place(name)
+        assert target.dtype == dtype and target.flags.c_contiguous
+        begin += first * dtype.itemsize
+        if begin + target.nbytes > end:
+            raise DamagedCheckpoint(f"{self.path}: {name} is shorter than its manifest says")
+        self._read_verified(begin, target.data.cast("B"))
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor, flat."""
+        begin, end, dtype = self._place(name)
+        values = np.empty((end - begin) // dtype.itemsize, dtype)
+        self.read_into(name, 0, values)
+        return values
+
+    def verify(self) -> None:
+        """Reads every block.
+
+        Raises:
+            DamagedCheckpoint: If one is not the one that was written.
+        """
+        for number in range(len(self.record.block_sha256)):
+            self._read_block(number)
+
+    def _place(self, name: str) -> tuple[int, int, np.dtype]:
+        place = self._tensors.get(name)
+        if place is None:
+            raise DamagedCheckpoint(f"{self.path} has no tensor {name}")
+        return place
+
+    def _read_header(self) -> dict[str, tuple[int, int, np.dtype]]:
+        size = bytearray(8)
+        self._read_verified(0, memoryview(size))
+        length = int.from_bytes(size, "little")
+        if 8 + length > self.record.num_bytes:
+            raise DamagedCheckpoint(f"{self.path} is not a safetensors file")
+        text = bytearray(length)
+        self._read_verified(8, memoryview(text))
+        tensors: dict[str, tuple[int, int, np.dtype]] = {}
+        try:
+            for name, entry in json.loads(text.decode()).items():
+                begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+                if not 0 <= begin <= end <= self.record.num_bytes:
+                    raise ValueError(f"{name} lies outside of the file")
+                tensors[name] = (begin, end, _DTYPES[entry["dtype"]])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DamagedCheckpoint(f"{self.path} is not a safetensors file") from None
+        return tensors
+
+    def _read_verified(self, begin: int, target: memoryview) -> None:
+        """Fills target from the file, whole blocks without a copy."""
+        done = 0
+        while done < len(target):
+            number, offset = divmod(begin + done, BLOCK_BYTES)
+            size = min(BLOCK_BYTES, self.record.num_bytes - number * BLOCK_BYTES)
+            take = min(size - offset, len(target) - done)
+            into = target[done : done + take]
+            if take == size:
+                self._read_and_compare(number, into)
+            else:
+                into[:] = self._block(number)[offset : offset + take]
+            done += take
+
+    def _read_block(self, number: int) -> memoryview:
+        size = min(BLOCK_BYTES, self.record.num_bytes - number * BLOCK_BYTES)
+        block = memoryview(bytearray(size))
+        self._read_and_compare(number, block)
+        return block
+
+    def _read_and_compare(self, number: int, target: memoryview) -> None:
+        position, done = number * BLOCK_BYTES, 0
+        while done < len(target):
+            got = os.preadv(self._descriptor, [target[done:]], position + done)
+            if not got:
+                raise DamagedCheckpoint(f"{self.path} ends early, at byte {position + done:,}")
+            done += got
+        if hashlib.sha256(target).hexdigest() != self.record.block_sha256[number]:
+            raise DamagedCheckpoint(
+                f"{self.path} is damaged: bytes {position:,} to {position + len(target):,} are not "
+                "those that were written"
+            )
