@@ -23,7 +23,7 @@ BLOCK_BYTES = 8 << 20
 _INLINE_BYTES = 256 << 10
 """Below this, handing bytes to the hashing thread costs more than hashing them."""
 
-_DTYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

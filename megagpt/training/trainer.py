@@ -209,29 +209,7 @@ class Trainer:
             return self._read_summary()
         if self.world.rank == 0:
             self._write_resolved()
-        self.groups = ProcessGroups(self.topology)
-        model = build_model(
-            config.model,
-            seed=config.training.seed,
-            dtype=_DTYPES[config.training.precision],
-            ds_config=self.resolved.values,
-            parallel=config.parallel,
-            groups=self.groups,
-            recompute=config.training.activation_checkpointing,
-            has_position_ids=config.data.document_masking,
-        )
-        engine = self.engine = build_engine(
-            model, config.optimizer, self.resolved.values, self.groups
-        )
-        checkpointer = Checkpointer(
-            self.checkpoints,
-            engine,
-            self.groups,
-            layout=self.layout,
-            config=config.checkpoint,
-        )
-        if self.load_path is not None:
-            self._resume(checkpointer)
+        self.set_up()
         logger.info(
             f"parameters: {count_parameters(config.model):,} | tokens / micro-batch / rank: "
             f"{config.batch.micro_batch_size} x {config.model.seq_length} | tokens / step: "
@@ -247,16 +225,40 @@ class Trainer:
         )
         metrics.text("resolved configuration", self.table)
         with StopSignal() as stop_signal:
-            summary = self._train(checkpointer, metrics, stop_signal, on_step)
+            summary = self._train(metrics, stop_signal, on_step)
         metrics.close()
-        checkpointer.close()
+        self.checkpointer.close()
         self.batches.close()
         self._remove_swap_files()
         return summary
 
+    def set_up(self) -> None:
+        """Builds model, engine and checkpointer, and resumes where that is asked for."""
+        config = self.config
+        self.groups = ProcessGroups(self.topology)
+        model = build_model(
+            config.model,
+            seed=config.training.seed,
+            dtype=_DTYPES[config.training.precision],
+            ds_config=self.resolved.values,
+            parallel=config.parallel,
+            groups=self.groups,
+            recompute=config.training.activation_checkpointing,
+            has_position_ids=config.data.document_masking,
+        )
+        self.engine = build_engine(model, config.optimizer, self.resolved.values, self.groups)
+        self.checkpointer = Checkpointer(
+            self.checkpoints,
+            self.engine,
+            self.groups,
+            layout=self.layout,
+            config=config.checkpoint,
+        )
+        if self.load_path is not None:
+            self._resume()
+
     def _train(
         self,
-        checkpointer: Checkpointer,
         metrics: MetricLogger,
         stop_signal: StopSignal,
         on_step: Callable[[StepResult], bool | None] | None,
@@ -284,10 +286,10 @@ class Trainer:
                 self.state,
                 start_time=self.start_time,
                 signalled=stop_signal.received is not None,
-                has_save_failed=checkpointer.has_failed,
+                has_save_failed=self.checkpointer.has_failed,
             )
             if verdict.has_save_failed:
-                self._finish_save(checkpointer)
+                self._finish_save()
             stop, self.is_interrupted = verdict.stop, verdict.is_signalled
             # Told to stop, there may be little time: save, and evaluate another day.
             if self._is_due(config.training.eval_interval, stop) and not self.is_interrupted:
@@ -298,7 +300,7 @@ class Trainer:
                     result, validation, tokens_per_second=trained_tokens / train_seconds
                 )
             if self._is_due(config.checkpoint.save_interval, stop):
-                self._save(checkpointer, is_last=stop is not None)
+                self._save(is_last=stop is not None)
             if stop:
                 logger.info(f"stopping at step {step}: {stop}")
                 return summary
@@ -326,33 +328,33 @@ class Trainer:
             write_json(self.run_directory / "training_summary.json", summary)
         return summary
 
-    def _resume(self, checkpointer: Checkpointer) -> None:
+    def _resume(self) -> None:
         """Loads the checkpoint; if it is damaged, the one before it in the same folder."""
         assert self.load_path is not None
-        saved, directory = checkpointer.load(self.load_path)
+        saved, directory = self.checkpointer.load(self.load_path)
         self.state = self._continued(saved)
         for difference in self.overridden:
             logger.info(f"overridden: {difference}")
         logger.info(f"resumed from {directory} at step {self.state.step}")
 
-    def _save(self, checkpointer: Checkpointer, *, is_last: bool) -> None:
+    def _save(self, *, is_last: bool) -> None:
         """Saves the state; the last time it waits until it is on disk."""
         step = self.state.step
-        self._finish_save(checkpointer)  # the one before, in the background
+        self._finish_save()  # the one before, in the background
         logger.info(f"saving checkpoint at iteration {step:7d} to {self.checkpoints}")
         try:
-            checkpointer.save(self.state)
+            self.checkpointer.save(self.state)
             if is_last:
-                checkpointer.finish()
+                self.checkpointer.finish()
         except SaveFailed as error:
             self._save_failed(error, is_last=is_last)
             return
         if is_last or not self.config.checkpoint.async_save:
             logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
 
-    def _finish_save(self, checkpointer: Checkpointer) -> None:
+    def _finish_save(self) -> None:
         try:
-            checkpointer.finish()
+            self.checkpointer.finish()
         except SaveFailed as error:
             self._save_failed(error, is_last=False)
 
