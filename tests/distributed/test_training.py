@@ -30,16 +30,8 @@ TP = ("--parallel.tensor_parallel_size", "2")
 PP = ("--parallel.pipeline_parallel_size", "2")
 # DATA and OTHER stand for the fixture's two pairs.
 BLEND = ("--data.path", "{DATA: 0.7, OTHER: 0.3}", "--data.valid_sets", "{other: OTHER}")
+# Of the order of data; test_resume_same_layout.py has the layouts.
 RESUME_CELLS = {
-    **{
-        f"zero{stage}/{precision}": (f"zero{stage}", precision, ())
-        for stage in (1, 2, 3)
-        for precision in ("fp32", "bf16")
-    },
-    "tp2/fp32": ("zero1", "fp32", TP),
-    "tp2/bf16": ("zero3", "bf16", TP),
-    "pp2/fp32": ("zero0", "fp32", PP),
-    "pp2/bf16": ("pipeline", "bf16", PP),
     "blend/fp32": ("zero2", "fp32", BLEND),
     "megatron/fp32": ("zero1", "fp32", (*BLEND, "--data.order", "megatron")),
 }
@@ -164,7 +156,8 @@ def test_a_run_folder_holds_what_the_docs_say(curves):
     assert {"resolved_ds_config.json", "training_summary.json"} <= names
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["step"] == STEPS and summary["validation_loss"] > 0
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
+    steps = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert steps == ["latest", f"step_{STEPS:08d}"]
 
 
 def weights_sha256(weights):
@@ -254,33 +247,45 @@ def test_runs_stop_by_tokens_and_time_and_refuse_another_shape_or_a_used_folder(
     assert not (tmp_path / "other").exists()
 
 
-def full_disk_cell(rank, world_size, data, root):
-    import torch
+def failing_save_cell(rank, world_size, data, root):
+    from megagpt.checkpoint.shard_file import ShardWriter
 
-    write = torch.save
+    close = ShardWriter.close
 
-    def fail_on_the_second_rank(*arguments, **options):
-        if rank == 1:
+    def fail_at_the_fourth_step(writer):
+        if rank == 1 and "step_00000004" in str(writer.path):
             raise OSError(28, "No space left on device")
-        write(*arguments, **options)
+        return close(writer)
 
-    folder = Path(root) / "run"
-    train(rank, world_size, data, folder, "zero2", "fp32", 12, exit_step=2)
-    torch.save = fail_on_the_second_rank
-    try:
-        train(rank, world_size, data, folder, "zero2", "fp32", 12, 4, load="auto")
-    except OSError as error:
-        return str(error)
-    finally:
-        torch.save = write
+    ShardWriter.close = fail_at_the_fourth_step
+    outcome = {}
+    for policy, is_async in (("stop", "false"), ("continue", "false"), ("continue", "true")):
+        folder = Path(root) / f"{policy}_{is_async}"
+        extra = (
+            *("--checkpoint.save_interval", "2", "--checkpoint.on_save_error", policy),
+            *("--checkpoint.async_save", is_async),
+        )
+        try:
+            outcome[folder.name] = len(
+                train(rank, world_size, data, folder, "zero2", "fp32", 8, extra=extra)
+            )
+        except OSError as error:
+            outcome[folder.name] = str(error)
+    return outcome
 
 
 def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_harms_nothing(data, tmp_path):
-    messages = run_distributed(full_disk_cell, 2, str(data), str(tmp_path))
-    assert messages[0] == messages[1]
-    assert "rank 1" in messages[0] and "No space left" in messages[0]
-    steps = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
-    assert steps == ["step_00000002"]
+    outcome, other = run_distributed(failing_save_cell, 2, str(data), str(tmp_path))
+    assert outcome == other
+    assert "rank 1" in outcome["stop_false"] and "No space left" in outcome["stop_false"]
+    assert outcome["continue_false"] == outcome["continue_true"] == 8  # steps trained
+
+    def left(name):
+        return sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir())
+
+    assert left("stop_false") == ["latest", "step_00000002"]
+    saved = ["latest", "step_00000002", "step_00000006", "step_00000008"]
+    assert left("continue_false") == left("continue_true") == saved
 
 
 def run_script(command, cwd, **environment):
