@@ -269,7 +269,7 @@ class Trainer:
         trained_tokens, train_seconds = 0, 0.0
         skipped = nan = 0
         while True:
-            result, lr, seconds = self._advance(engine)
+            result, lr, seconds = self.advance()
             if on_step is not None and on_step(result):
                 return {}
             trained_tokens += result.num_tokens
@@ -370,7 +370,7 @@ class Trainer:
             if key.endswith(".nvme_path") and source == "derived":
                 shutil.rmtree(self.run_directory / "nvme", ignore_errors=True)
 
-    def _advance(self, engine: DeepSpeedEngine) -> tuple[StepResult, float, float]:
+    def advance(self) -> tuple[StepResult, float, float]:
         """Takes one optimizer step; returns its figures, its learning rate and its seconds."""
         config = self.config
         begin = time.monotonic()
@@ -381,7 +381,7 @@ class Trainer:
             wsd_decay_steps=config.wsd_decay_steps,
         )
         result = train_step(
-            engine,
+            self.engine,
             self.batches.training(self.state.consumed_samples, step=self.state.step + 1),
             groups=self.groups,
             lr=lr,
@@ -391,6 +391,7 @@ class Trainer:
             step=self.state.step + 1,
             consumed_samples=self.state.consumed_samples + config.batch.global_batch_size,
             consumed_tokens=self.state.consumed_tokens + result.num_tokens,
+            learning_rate=lr,
         )
         return result, lr, time.monotonic() - begin
 
