@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from megagpt.config.command import run_command
+from megagpt.config.command import UsageError, run_command
+from megagpt.config.schema import DataConfig
 from megagpt.files import write_json
 from megagpt.inference.evaluate import evaluate, read_split
 from megagpt.inference.load import load
@@ -18,7 +19,8 @@ def main(arguments: list[str]) -> int:
     """Parses the command line, evaluates, prints and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder or step_* folder")
-    parser.add_argument("--split", default="test", help="train, valid, test or valid-NAME")
+    parser.add_argument("--split", help="train, valid, valid-NAME or test, which is the default")
+    parser.add_argument("--data", metavar="PREFIX", help="all of another pair, not the run's data")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
     parser.add_argument("--stride", type=int, help="tokens between windows; default seq_length / 2")
     parser.add_argument("--batch_size", type=int, default=8, help="windows in one forward pass")
@@ -26,12 +28,20 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} must be at least 1; give more")
+    if options.data and options.split:
+        raise UsageError(
+            f"--data {options.data} is scored whole and --split={options.split} divides the run's "
+            "data; leave one of them out"
+        )
     begin = time.monotonic()
     loaded = load(options.checkpoint, tokenizer_path=options.tokenizer)
     stride = options.stride
     if stride is None:
         stride = max(1, loaded.config.model.seq_length // 2)
-    text = read_split(loaded.config.data, options.split, loaded.tokenizer)
+    data, split = loaded.config.data, options.split or "test"
+    if options.data:
+        data = DataConfig(train_path=options.data, test_path=options.data)
+    text = read_split(data, split, loaded.tokenizer)
     evaluation = evaluate(
         loaded.model,
         text,
@@ -43,7 +53,7 @@ def main(arguments: list[str]) -> int:
     result = {
         "checkpoint": options.checkpoint,
         "step": loaded.step,
-        "split": options.split,
+        "split": options.data or split,
         "stride": stride,
         **dataclasses.asdict(evaluation),
         "seconds": time.monotonic() - begin,

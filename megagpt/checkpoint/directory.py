@@ -103,8 +103,13 @@ def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
     if named is None or named[0] not in steps:
         return max(steps)
     step, sha256 = named
-    if _manifest_or_none(steps[step], sha256) is None:
-        return max(steps)
+    manifest = _manifest_or_none(steps[step])
+    if manifest is not None and manifest.sha256 != sha256:
+        # The name is damaged, and the hash tells the step; or the step was written anew, and
+        # `latest` was not.
+        hashes = {s: m.sha256 for s in steps if (m := _manifest_or_none(steps[s])) is not None}
+        step = next((s for s in hashes if hashes[s] == sha256), step)
+        sha256 = hashes[step]
     # Between the rename of a step and the writing of `latest` a kill leaves one step unnamed.
     for later in steps:
         manifest = _manifest_or_none(steps[later]) if later > step else None
@@ -113,12 +118,11 @@ def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
     return step
 
 
-def _manifest_or_none(directory: Path, sha256: str | None = None) -> CheckpointManifest | None:
+def _manifest_or_none(directory: Path) -> CheckpointManifest | None:
     try:
-        manifest = read_manifest(directory)
+        return read_manifest(directory)
     except ValueError:
         return None
-    return manifest if sha256 in (None, manifest.sha256) else None
 
 
 def read_latest(checkpoints: Path) -> tuple[int, str] | None:
@@ -129,7 +133,7 @@ def read_latest(checkpoints: Path) -> tuple[int, str] | None:
         return (int(match[1]), str(values["sha256"])) if match else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         logger.info(f"warning: {checkpoints / LATEST_FILE} is damaged; it is not used")
         return None
 
@@ -166,8 +170,7 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def remove_step(directory: Path) -> None:
-    """Removes a step: its manifest first, then its name, then its files."""
-    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+    """Removes a step: its name first, then its files."""
     removed = directory.with_name(f".removed_{directory.name}")
     shutil.rmtree(removed, ignore_errors=True)
     directory.rename(removed)
@@ -190,5 +193,5 @@ def steps_to_remove(steps: list[int], newest: int, *, keep_last: int, keep_every
     return [
         step
         for step in line[:-keep_last]
-        if step != newest and not (keep_every and step % keep_every == 0)
+        if not (keep_every and step % keep_every == 0)
     ]

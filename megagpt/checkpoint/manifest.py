@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.checkpoint.shard_file import BLOCK_BYTES, DamagedCheckpoint, FileRecord
-from megagpt.checkpoint.slices import Slice, whole
+from megagpt.checkpoint.slices import Slice, is_partition
 from megagpt.config.command_line import config_from_dict, config_to_dict
 from megagpt.config.schema import Config
 from megagpt.files import write_atomically
@@ -83,6 +83,8 @@ class CheckpointState:
     """Updates that Adam has made; steps that an overflow skipped are not among them."""
     loss_scaler: dict[str, Any] = field(default_factory=dict)
     """Plain values of the fp16 loss scaler; empty in other precisions."""
+    imported_from: str | None = None
+    """The folder of another program that the weights at step 0 were taken from."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         return _decode(values)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _verified(content: bytes, path: Path) -> dict[str, Any]:
@@ -173,7 +177,7 @@ def _verified(content: bytes, path: Path) -> dict[str, Any]:
         values = json.loads(text)
         digest = values["sha256"]
         blank = text.replace(_DIGEST_KEY + digest, _DIGEST_KEY + _NO_DIGEST, 1)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedCheckpoint(f"{path} is damaged: it is not a manifest") from None
     if hashlib.sha256(blank.encode()).hexdigest() != digest:
         raise DamagedCheckpoint(f"{path} is damaged: its content has not the hash that it names")
@@ -215,27 +219,23 @@ def _encode(manifest: CheckpointManifest) -> str:
 def _decode(values: dict[str, Any]) -> CheckpointManifest:
     if values["block_bytes"] != BLOCK_BYTES:
         raise KeyError(f"block_bytes {values['block_bytes']}")
-    state = dict(values["state"])
+    state, layout = dict(values["state"]), Layout(**values["layout"])
+    for key in ("step", "consumed_samples", "consumed_tokens", "adam_step"):
+        _whole_number(state[key])
+    for size in (layout.world_size, layout.tensor_parallel_size, layout.pipeline_parallel_size):
+        _whole_number(size, least=1)
     state["config"] = config_from_dict(state["config"])
-    tensors = {
-        name: TensorRecord(
-            tuple(entry["shape"]),
-            tuple(
-                Piece(
-                    p["shard"],
-                    Slice(tuple(p["rows"]), tuple(p["columns"]), p["start"], p["end"]),
-                )
-                for p in entry["pieces"]
-            ),
-        )
-        for name, entry in values["tensors"].items()
-    }
+    tensors = {name: _decode_tensor(entry) for name, entry in values["tensors"].items()}
+    check_cover(tensors)
+    for name in values["files"]:
+        if Path(name).name != name:
+            raise KeyError(f"{name} is not the name of a file")
     return CheckpointManifest(
         state=CheckpointState(**state),
-        layout=Layout(**values["layout"]),
+        layout=layout,
         tensors=tensors,
         files={
-            name: FileRecord(entry["bytes"], tuple(entry["block_sha256"]))
+            name: FileRecord(_whole_number(entry["bytes"]), tuple(entry["block_sha256"]))
             for name, entry in values["files"].items()
         },
         versions=values["versions"],
@@ -245,13 +245,42 @@ def _decode(values: dict[str, Any]) -> CheckpointManifest:
     )
 
 
+def _decode_tensor(entry: dict[str, Any]) -> TensorRecord:
+    pieces = tuple(
+        Piece(
+            _whole_number(p["shard"]),
+            Slice(
+                _pair(p["rows"]),
+                _pair(p["columns"]),
+                _whole_number(p["start"]),
+                _whole_number(p["end"]),
+            ),
+        )
+        for p in entry["pieces"]
+    )
+    shape = tuple(_whole_number(size) for size in entry["shape"])
+    if not 1 <= len(shape) <= 2 or entry["dtype"] != "F32":
+        raise TypeError(f"shape {list(shape)} of {entry['dtype']}")
+    return TensorRecord(shape, pieces)
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    begin, end = map(_whole_number, values)
+    return begin, end
+
+
+def _whole_number(value: Any, *, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise TypeError(f"{value!r} is not a whole number of at least {least}")
+    return value
+
+
 def check_cover(tensors: Mapping[str, TensorRecord]) -> None:
-    """Checks that the pieces of each tensor are as many elements as it has.
+    """Checks that the pieces of each tensor hold each of its elements once.
 
     Raises:
-        ValueError: With the first tensor that they do not make up; an error of this program.
+        ValueError: With the first tensor that they do not make up.
     """
     for name, record in tensors.items():
-        size, pieces = whole(record.shape).size, sum(p.slice.size for p in record.pieces)
-        if pieces != size:
-            raise ValueError(f"{name} has {size} elements, its pieces {pieces}")
+        if not is_partition(record.shape, (piece.slice for piece in record.pieces)):
+            raise ValueError(f"the pieces of {name} do not hold each of its elements once")

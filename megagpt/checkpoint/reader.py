@@ -6,7 +6,9 @@ Knows no torch; `saver.py` and `weights.py` are its callers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,11 @@ from megagpt.checkpoint.manifest import (
     tensor_key,
     weights_file,
 )
-from megagpt.checkpoint.shard_file import DamagedCheckpoint, ShardReader
+from megagpt.checkpoint.shard_file import DamagedCheckpoint, FileRecord, ShardReader
 from megagpt.checkpoint.slices import Slice, overlaps, whole
 
 _MAX_OPEN_FILES = 128
+_VERIFYING_THREADS = min(8, os.cpu_count() or 1)
 
 
 class CheckpointReader:
@@ -102,14 +105,6 @@ class CheckpointReader:
         file = self._file(optimizer_file(shard))
         return file.read(name) if name in file.names() else None
 
-    def verify(self, file: str) -> None:
-        """Reads all of one file.
-
-        Raises:
-            DamagedCheckpoint: If it is not what was written.
-        """
-        self._file(file).verify()
-
     def _file(self, name: str) -> ShardReader:
         if name not in self._files:
             record = self.manifest.files.get(name)
@@ -122,23 +117,31 @@ class CheckpointReader:
 
 
 def verify_checkpoint(directory: Path) -> list[str]:
-    """Compares every file of a step folder with its manifest.
+    """Compares every file of a step folder with its manifest, several at a time.
 
     Returns:
-        What is wrong, a line each; empty if all is well.
+        What is wrong, a line for each file or block; empty if all is well.
     """
     try:
-        reader = CheckpointReader(directory)
+        files = read_manifest(directory).files
     except ValueError as error:
         return [str(error)]
-    problems = []
-    with reader:
-        for name in sorted(reader.manifest.files):
-            try:
-                reader.verify(name)
-            except (DamagedCheckpoint, OSError) as error:
-                problems.append(str(error))
-    return problems
+    with ThreadPoolExecutor(_VERIFYING_THREADS) as threads:
+        problems = threads.map(lambda name: _damages(directory / name, files[name]), sorted(files))
+        return [problem for of_file in problems for problem in of_file]
+
+
+def _damages(path: Path, record: FileRecord) -> list[str]:
+    try:
+        file = ShardReader(path, record)
+    except (DamagedCheckpoint, OSError) as error:
+        return [str(error)]
+    try:
+        return list(file.damages())
+    except OSError as error:
+        return [f"{path}: {error}"]
+    finally:
+        file.close()
 
 
 def stray_files(directory: Path, manifest: CheckpointManifest) -> list[str]:

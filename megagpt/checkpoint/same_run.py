@@ -1,6 +1,8 @@
 """Which run may go on from a checkpoint: what must be the same, and what may be overridden by name.
 
-Layout, hosts, micro-batch and length of the run may always change. Knows no torch.
+Layout, hosts, micro-batch and length of the run may always change. Of a checkpoint that was
+imported from another program only the model counts, for that program had another batch, another
+optimizer and other data; from its first step on, the run is one like any other. Knows no torch.
 Next file: `saver.py`.
 """
 
@@ -43,6 +45,9 @@ _FIXED = (
 )
 """What the tensors of the checkpoint are; no override can change it."""
 
+_COMPUTED = ("model.norm_eps", "model.rope_theta")
+"""What else decides what a model computes from its tensors; the rest is about training it."""
+
 
 def refuse_other_run(
     state: CheckpointState,
@@ -71,19 +76,20 @@ def refuse_other_run(
     override = tuple(override)
     saved, wanted = _values(state.config), _values(config)
     _require_known(override, [*wanted, "data", "tokenizer"])
+    fixed = set(_FIXED)
+    if wanted["model.position_embedding"] == "learned":
+        fixed.add("model.seq_length")  # the table of positions
+    is_import = state.imported_from is not None and state.step == 0
     differences = {
         name: f"{name}: saved {saved[name]}, asked {wanted[name]}"
         for name in wanted
-        if saved[name] != wanted[name]
+        if saved[name] != wanted[name] and (not is_import or name in {*fixed, *_COMPUTED})
     }
-    if state.data_fingerprint != data_fingerprint:
+    if state.data_fingerprint != data_fingerprint and not is_import:
         differences["data"] = "data: the files or their shares have changed"
     hashes = (state.tokenizer_sha256, tokenizer_sha256)
     if None not in hashes and hashes[0] != hashes[1]:
         differences["tokenizer"] = "tokenizer: it is another one"
-    fixed = set(_FIXED)
-    if wanted["model.position_embedding"] == "learned":
-        fixed.add("model.seq_length")  # the table of positions
     refused = [name for name in differences if name in fixed or name not in override]
     if refused:
         overridable = [name for name in refused if name not in fixed]

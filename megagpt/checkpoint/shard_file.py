@@ -11,10 +11,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +114,12 @@ class ShardWriter:
             self._digests.append(self._hash.hexdigest())
         try:
             os.fsync(self._descriptor)
+            found = os.fstat(self._descriptor).st_size
         finally:
             self.abandon()
+        if found != self._num_bytes:
+            message = f"{found:,} of {self._num_bytes:,} bytes arrived"
+            raise OSError(errno.EIO, message, str(self.path))
         return FileRecord(self._num_bytes, tuple(self._digests))
 
     def abandon(self) -> None:
@@ -141,7 +145,7 @@ class ShardReader:
         self.path = path
         self.record = record
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{path} is missing") from None
         try:
@@ -150,12 +154,13 @@ class ShardReader:
                 raise DamagedCheckpoint(
                     f"{path} has {found:,} bytes, its manifest says {record.num_bytes:,}"
                 )
-            # Kept, because small tensors stand many to a block.
-            self._block = lru_cache(maxsize=2)(self._read_block)
-            self._tensors = self._read_header()
+            if len(record.block_sha256) != -(-record.num_bytes // BLOCK_BYTES):
+                raise DamagedCheckpoint(f"{path}: its manifest has not a hash for every block")
         except BaseException:
             os.close(self._descriptor)
             raise
+        # Kept, because small tensors stand many to a block.
+        self._block = lru_cache(maxsize=2)(self._read_block)
 
     def close(self) -> None:
         """Closes the file."""
@@ -178,7 +183,9 @@ class ShardReader:
             DamagedCheckpoint: If a block is not the one that was written.
         """
         begin, end, dtype = self._place(name)
-        assert target.dtype == dtype and target.flags.c_contiguous
+        assert target.flags.c_contiguous
+        if target.dtype != dtype:
+            raise DamagedCheckpoint(f"{self.path}: {name} is of another type than asked for")
         begin += first * dtype.itemsize
         if begin + target.nbytes > end:
             raise DamagedCheckpoint(f"{self.path}: {name} is shorter than its manifest says")
@@ -191,14 +198,13 @@ class ShardReader:
         self.read_into(name, 0, values)
         return values
 
-    def verify(self) -> None:
-        """Reads every block.
-
-        Raises:
-            DamagedCheckpoint: If one is not the one that was written.
-        """
+    def damages(self) -> Iterator[str]:
+        """Reads every block and tells which are not those that were written."""
         for number in range(len(self.record.block_sha256)):
-            self._read_block(number)
+            try:
+                self._read_block(number)
+            except DamagedCheckpoint as error:
+                yield str(error)
 
     def _place(self, name: str) -> tuple[int, int, np.dtype]:
         place = self._tensors.get(name)
@@ -206,7 +212,11 @@ class ShardReader:
             raise DamagedCheckpoint(f"{self.path} has no tensor {name}")
         return place
 
-    def _read_header(self) -> dict[str, tuple[int, int, np.dtype]]:
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[int, int, np.dtype]]:
+        """Where each tensor stands, and its type; the header is read on first use."""
+        if self.record.num_bytes < 8:
+            raise DamagedCheckpoint(f"{self.path} is not a safetensors file")
         size = bytearray(8)
         self._read_verified(0, memoryview(size))
         length = int.from_bytes(size, "little")
@@ -221,7 +231,7 @@ class ShardReader:
                 if not 0 <= begin <= end <= self.record.num_bytes:
                     raise ValueError(f"{name} lies outside of the file")
                 tensors[name] = (begin, end, _DTYPES[entry["dtype"]])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise DamagedCheckpoint(f"{self.path} is not a safetensors file") from None
         return tensors
 

@@ -6,10 +6,14 @@ Next file: `shard_file.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+
+_Box = tuple[tuple[int, int], tuple[int, int]]  # rows, columns
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,33 @@ def whole(shape: tuple[int, ...]) -> Slice:
     """The slice that is a whole tensor of one or two dims."""
     num_rows, num_columns = _matrix(shape)
     return Slice((0, num_rows), (0, num_columns), 0, num_rows * num_columns)
+
+
+def is_partition(shape: tuple[int, ...], parts: Iterable[Slice]) -> bool:
+    """Whether slices lie within a tensor and hold each of its elements once."""
+    tensor = whole(shape)
+    ranges: dict[_Box, list[tuple[int, int]]] = {}
+    for part in parts:
+        ranges.setdefault((part.rows, part.columns), []).append((part.start, part.end))
+    covered = 0
+    for (rows, columns), held in ranges.items():
+        if not (0 <= rows[0] < rows[1] <= tensor.rows[1]):
+            return False
+        if not (0 <= columns[0] < columns[1] <= tensor.columns[1]):
+            return False
+        size, position = (rows[1] - rows[0]) * (columns[1] - columns[0]), 0
+        for start, end in sorted(held):
+            if start != position or end <= start:
+                return False
+            position = end
+        if position != size:
+            return False
+        covered += size
+    return covered == tensor.size and not any(_meet(a, b) for a, b in combinations(ranges, 2))
+
+
+def _meet(first: _Box, second: _Box) -> bool:
+    return all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(first, second, strict=True))
 
 
 def local_slice(

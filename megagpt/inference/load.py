@@ -92,7 +92,7 @@ def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> Loaded
     device = default_device()
     state, weights = load_weights(checkpoint)
     config = state.config
-    tokenizer = load_tokenizer(_tokenizer_path(config, tokenizer_path))
+    tokenizer = load_tokenizer(find_tokenizer(config, tokenizer_path))
     assert config.model.vocab_size is not None, "checkpoints hold the resolved configuration"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -104,7 +104,7 @@ def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> Loaded
     return LoadedModel(model, tokenizer, config, state.step, device)
 
 
-def _tokenizer_path(config: Config, given: str | None) -> str:
+def find_tokenizer(config: Config, given: str | None) -> str:
     """The tokenizer asked for, checked against the data's manifest where that is at hand."""
     path = given or config.data.tokenizer_path
     prefix = first_prefix(config.data)

@@ -62,11 +62,11 @@ def train(arguments: list[str], on_step: Callable[[StepResult], bool | None] | N
     _initialise_process_group(device)
     import torch
 
-    from megagpt.checkpoint.saver import SaveFailed
+    from megagpt.checkpoint.saver import CheckpointRefused, SaveFailed
 
     try:
         trainer.run(on_step)
-    except SaveFailed:
+    except (CheckpointRefused, SaveFailed):
         if trainer.world.rank == 0:
             raise
         raise SystemExit(1) from None  # all ranks know of it; the first one tells

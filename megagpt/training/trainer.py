@@ -235,6 +235,7 @@ class Trainer:
     def set_up(self) -> None:
         """Builds model, engine and checkpointer, and resumes where that is asked for."""
         config = self.config
+        assert config.model.vocab_size is not None  # from the data's manifest
         self.groups = ProcessGroups(self.topology)
         model = build_model(
             config.model,
@@ -252,6 +253,7 @@ class Trainer:
             self.engine,
             self.groups,
             layout=self.layout,
+            vocab_size=config.model.vocab_size,
             config=config.checkpoint,
         )
         if self.load_path is not None:
@@ -361,7 +363,7 @@ class Trainer:
     def _save_failed(self, error: SaveFailed, *, is_last: bool) -> None:
         if is_last or self.config.checkpoint.on_save_error == "stop":
             raise error
-        logger.warning(f"warning: {error}; training goes on (checkpoint.on_save_error=continue)")
+        logger.info(f"warning: {error}; training goes on (checkpoint.on_save_error=continue)")
 
     def _remove_swap_files(self) -> None:
         """Removes what NVMe offload left in the run folder; a path of the user's stays as it is."""

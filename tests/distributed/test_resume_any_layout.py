@@ -20,8 +20,8 @@ SAVED, FURTHER = 6, 11
 FIRST_LOSS, LOSS, GRAD_NORM = 1e-6, 2e-6, 1e-4
 LAYOUTS = {
     "gpt2": (
-        *("zero0", "dp2-zero1", "dp2-zero3", "tp2-zero2", "pp2-zero1", "dp2-zero2-offload_optimizer_cpu"),
-        *("tp2-dp2-zero3", "pp2-dp2-zero0"),
+        *("zero0", "dp2-zero1", "dp2-zero3", "tp2-zero2", "pp2-zero1"),
+        *("dp2-zero2-offload_optimizer_cpu", "tp2-dp2-zero3", "pp2-dp2-zero0"),
     ),
     "llama": (
         *("zero1", "dp2-zero2", "tp2-sp-zero0", "dp2-zero3-offload_cpu", "dp4-zero3"),

@@ -10,6 +10,7 @@ from megagpt.config.layout import Layout
 from megagpt.config.refusals import RULES, Facts, find_problems, rules_table
 from megagpt.config.schema import (
     BatchConfig,
+    CheckpointConfig,
     Config,
     ModelConfig,
     ParallelConfig,
@@ -19,7 +20,16 @@ from megagpt.config.schema import (
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def facts(world_size=8, device="cpu", precision="fp32", zero=None, micro=1, json=(), **settings):
+def facts(
+    world_size=8,
+    device="cpu",
+    precision="fp32",
+    zero=None,
+    micro=1,
+    json=(),
+    checkpoint=None,
+    **settings,
+):
     model = {k: v for k, v in settings.items() if k in ModelConfig.__dataclass_fields__}
     parallel = {k: v for k, v in settings.items() if k in ParallelConfig.__dataclass_fields__}
     config = Config(
@@ -27,6 +37,7 @@ def facts(world_size=8, device="cpu", precision="fp32", zero=None, micro=1, json
         parallel=ParallelConfig(**parallel),
         batch=BatchConfig(micro_batch_size=micro, global_batch_size=32),
         training=TrainingConfig(precision=precision),
+        checkpoint=checkpoint or CheckpointConfig(),
     )
     values = {"zero_optimization": zero or {"stage": 1}, **dict(json)}
     return Facts(config, values, world_size, device)
@@ -72,6 +83,13 @@ EXAMPLES = {
     "to nvme": (
         facts(zero={"stage": 2, "offload_optimizer": {"device": "nvme"}}),
         ["nvme", "device cpu"],
+    ),
+    "async_save": (
+        facts(
+            zero={"stage": 3, "offload_optimizer": {"device": "nvme"}},
+            checkpoint=CheckpointConfig(async_save=True),
+        ),
+        ["async_save=true", "device=nvme"],
     ),
     "stage-3 keys": (
         facts(zero={"stage": 2, "stage3_max_live_parameters": 1}),

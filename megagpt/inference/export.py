@@ -1,0 +1,131 @@
+"""A checkpoint and its tokenizer as a folder of Hugging Face's transformers.
+
+Next file: `megagpt/checkpoint/huggingface.py`, which writes the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megagpt.checkpoint.directory import newest_readable
+from megagpt.checkpoint.huggingface import WeightType, export_checkpoint
+from megagpt.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megagpt.files import encode_json
+from megagpt.inference.load import find_tokenizer
+
+NO_TOKENIZER = "none"
+# Of sentencepiece_model.proto: ModelType; and Type, of normal, unknown, control and byte pieces.
+_BPE = 2
+_PIECE_TYPES = (1, 2, 3, 6)
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: WeightType = "fp32",
+    max_shard_gib: float = 5.0,
+    tokenizer_path: str | None = None,
+) -> str:
+    """Writes the folder, with the tokenizer where transformers has its like.
+
+    Args:
+        checkpoint: Run folder (its newest step) or step folder.
+        output: The folder; appears when it is whole.
+        dtype: Of the weights.
+        max_shard_gib: Size of one file of weights.
+        tokenizer_path: Where the tokenizer is now, or `none`; default: the one of the run's data.
+
+    Returns:
+        What became of the tokenizer, for the user.
+
+    Raises:
+        ValueError: If the checkpoint, its model or its tokenizer cannot be exported.
+    """
+    if not 0 < max_shard_gib < float("inf"):
+        raise ValueError(f"max_shard_gib={max_shard_gib} must be above 0; give for example 5")
+    files: dict[str, bytes] = {}
+    eod, note = None, "without a tokenizer"
+    if tokenizer_path != NO_TOKENIZER:
+        config = newest_readable(checkpoint).state.config
+        tokenizer = load_tokenizer(find_tokenizer(config, tokenizer_path))
+        assert config.model.vocab_size is not None
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model "
+                f"{config.model.vocab_size}; give the tokenizer it was trained with, "
+                f"--tokenizer PATH, or leave it out, --tokenizer {NO_TOKENIZER}"
+            )
+        eod = tokenizer.eod
+        files, note = tokenizer_files(tokenizer, model_max_length=config.model.seq_length)
+    export_checkpoint(
+        checkpoint,
+        output,
+        dtype=dtype,
+        max_shard_bytes=max(1, int(max_shard_gib * (1 << 30))),
+        eos_token_id=eod,
+        files=files,
+    )
+    return note
+
+
+def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> tuple[dict[str, bytes], str]:
+    """The files by which transformers' `AutoTokenizer` opens a tokenizer, and a note for the user.
+
+    Transformers reads special tokens in a text, such as `<eod>`, as tokens; here they are text.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _sentencepiece_files(tokenizer, model_max_length)
+    if tokenizer.kind == "huggingface":
+        import tokenizers  # an extra, which has opened the file already
+
+        content = Path(tokenizer.path).read_bytes()
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizers.Tokenizer.from_buffer(content).id_to_token(tokenizer.eod),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model_max_length,
+        }
+        return _files("tokenizer.json", content, settings), f"with tokenizer {tokenizer.path}"
+    return {}, f"without a tokenizer, for transformers has none like `{tokenizer.path}`"
+
+
+def _sentencepiece_files(
+    tokenizer: SentencePieceTokenizer, model_max_length: int
+) -> tuple[dict[str, bytes], str]:
+    model = tokenizer.model_proto()
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    is_same = (
+        trainer.model_type == _BPE
+        and trainer.byte_fallback
+        and not trainer.treat_whitespace_as_suffix
+        and all(piece.type in _PIECE_TYPES for piece in model.pieces)
+        and normalizer.escape_whitespaces
+        and not normalizer.add_dummy_prefix  # transformers adds none before a space
+        and not normalizer.precompiled_charsmap
+        and not normalizer.remove_extra_whitespaces
+    )
+    if not is_same:
+        return {}, (
+            f"without tokenizer {tokenizer.path}, for transformers gives other ids; it gives the "
+            "same for SentencePiece's BPE with byte fallback that leaves the text as it is"
+        )
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": None,
+        "eos_token": model.pieces[tokenizer.eod].piece,
+        "unk_token": trainer.unk_piece,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model_max_length,
+    }
+    content = Path(tokenizer.path).read_bytes()
+    return _files("tokenizer.model", content, settings), f"with tokenizer {tokenizer.path}"
+
+
+def _files(name: str, content: bytes, settings: dict[str, Any]) -> dict[str, bytes]:
+    return {name: content, "tokenizer_config.json": encode_json(settings)}

@@ -1,0 +1,327 @@
+"""Which step is the newest, what a kill leaves, and what retention lets go."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megagpt.checkpoint import directory as directory_module
+from megagpt.checkpoint.directory import (
+    LATEST_FILE,
+    complete_steps,
+    find_checkpoint,
+    find_checkpoints,
+    newest_readable,
+    publish,
+    read_latest,
+    remove_leftovers,
+    remove_step,
+    staging_directory,
+    step_directory,
+    steps_to_remove,
+    write_latest,
+)
+from megagpt.checkpoint.manifest import MANIFEST_FILE, read_manifest
+
+
+class Run:
+    """Saves steps as a run does, without tensors that matter."""
+
+    def __init__(self, root, write_checkpoint):
+        self.checkpoints = root / "checkpoints"
+        self.write_checkpoint = write_checkpoint
+        self.previous = None
+        self.num_resumes = 0
+
+    def resume(self, step):
+        self.num_resumes += 1  # a step that is saved anew is another one
+        self.previous = read_manifest(step_directory(self.checkpoints, step)).sha256
+
+    def stage(self, step):
+        written = self.write_checkpoint(
+            self.checkpoints / "elsewhere",
+            step,
+            previous=self.previous,
+            tokenizer_sha256=str(self.num_resumes),
+        )
+        staging = staging_directory(step_directory(self.checkpoints, step))
+        written.rename(staging)
+        return staging
+
+    def save(self, step, *, is_named=True):
+        target = step_directory(self.checkpoints, step)
+        publish(self.stage(step), target)
+        self.previous = read_manifest(target).sha256
+        if is_named:
+            write_latest(self.checkpoints, step, self.previous)
+
+    def found(self):
+        return [int(path.name[-8:]) for path in find_checkpoints(self.checkpoints.parent)]
+
+
+@pytest.fixture
+def run(tmp_path, write_checkpoint, known_config):
+    return Run(tmp_path, write_checkpoint)
+
+
+@pytest.fixture
+def steps(run):
+    for step in (10, 20, 30):
+        run.save(step)
+    return run
+
+
+def damage_manifest(checkpoints, step):
+    path = step_directory(checkpoints, step) / MANIFEST_FILE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_newest_comes_first_and_every_folder_means_it(steps):
+    root = steps.checkpoints.parent
+    assert steps.found() == [30, 20, 10]
+    assert find_checkpoint(root) == find_checkpoint(steps.checkpoints)
+    assert find_checkpoints(step_directory(steps.checkpoints, 20)) == [
+        step_directory(steps.checkpoints, 20)
+    ]
+    assert newest_readable(root).state.step == 30
+
+
+def test_folder_without_a_complete_step_is_told(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=f"{path} holds no complete checkpoint"):
+            find_checkpoints(path)
+
+
+def absent(latest):
+    latest.unlink()
+
+
+def another_name(latest):
+    latest.write_text('{"step": "../x", "sha256": ""}')
+
+
+def incomplete(latest):
+    (latest.parent / "step_00000040").mkdir()
+    latest.write_text('{"step": "step_00000040", "sha256": ""}')
+
+
+def link(latest):
+    latest.rename(latest.parent / "elsewhere.json")
+    latest.symlink_to("elsewhere.json")
+
+
+def dangling(latest):
+    latest.unlink()
+    latest.symlink_to("nowhere")
+
+
+def folder(latest):
+    latest.unlink()
+    latest.mkdir()
+
+
+def content(text):
+    def write(latest):
+        latest.write_bytes(text)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(absent, another_name, incomplete, link, dangling, folder),
+        *map(content, [b"", b"\xff\x00", b"step_00000030", b"[]", b"30", b'{"step": 30}', b"{}"]),
+        *map(content, [b"[" * 100_000, b'{"step": null, "sha256": null}']),
+    ],
+)
+def test_newest_is_found_whatever_latest_is(steps, change):
+    change(steps.checkpoints / LATEST_FILE)
+    assert steps.found() == [30, 20, 10]
+    assert newest_readable(steps.checkpoints).state.step == 30
+
+
+def test_latest_is_told_as_written(steps):
+    assert read_latest(steps.checkpoints) == (30, steps.previous)
+    write_latest(steps.checkpoints, 123456789, "ab")
+    assert read_latest(steps.checkpoints) == (123456789, "ab")
+    for name in ("../step_00000010", "step_00000010/..", "step_1", ".staging_step_00000010"):
+        (steps.checkpoints / LATEST_FILE).write_text(f'{{"step": "{name}", "sha256": ""}}')
+        assert read_latest(steps.checkpoints) is None
+
+
+def test_latest_that_is_a_link_is_replaced_and_its_target_kept(steps, tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (steps.checkpoints / LATEST_FILE).unlink()
+    (steps.checkpoints / LATEST_FILE).symlink_to(tmp_path / "mine")
+    write_latest(steps.checkpoints, 20, "")
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_newest_after_going_back_is_that_of_the_new_line(steps):
+    steps.resume(10)
+    steps.save(15)
+    assert steps.found() == [15, 10]
+    steps.save(20)  # anew, over the one of the line that was left
+    assert steps.found() == [20, 15, 10]
+    steps.save(25)
+    assert steps.found() == [25, 20, 15, 10]
+    steps.save(30)
+    assert steps.found() == [30, 25, 20, 15, 10]
+
+
+def test_step_that_a_kill_left_unnamed_is_the_newest(steps):
+    steps.save(40, is_named=False)
+    assert steps.found() == [40, 30, 20, 10]
+    steps.save(50, is_named=False)
+    assert steps.found() == [50, 40, 30, 20, 10]
+
+
+def test_unnamed_step_of_the_new_line_is_told_from_the_old_ones(steps):
+    steps.resume(10)
+    steps.save(15)
+    steps.save(20, is_named=False)  # over the old 20, whose line is 10, 20, 30
+    assert steps.found() == [20, 15, 10]
+
+
+def test_damaged_newest_gives_way_to_the_ones_before_it_in_number(steps):
+    steps.resume(10)
+    steps.save(15)
+    damage_manifest(steps.checkpoints, 15)
+    # Not to 30, which is of the line that was left.
+    assert steps.found() == [15, 10]
+    assert newest_readable(steps.checkpoints).state.step == 10
+
+
+def test_step_saved_after_a_damaged_one_that_latest_names_is_found(steps):
+    steps.save(40, is_named=False)
+    damage_manifest(steps.checkpoints, 30)
+    assert steps.found() == [40, 30, 20, 10]
+
+
+def test_step_written_anew_and_not_named_is_the_newest(steps):
+    steps.save(40)
+    write_latest(steps.checkpoints, 20, read_manifest(step_directory(steps.checkpoints, 20)).sha256)
+    shutil.rmtree(step_directory(steps.checkpoints, 30))
+    steps.resume(10)
+    steps.save(20, is_named=False)
+    assert steps.found() == [20, 10]
+    steps.save(30, is_named=False)
+    assert steps.found() == [30, 20, 10]
+
+
+def test_a_wrong_name_in_latest_is_set_right_by_the_hash(steps):
+    shutil.rmtree(step_directory(steps.checkpoints, 20))  # nothing leads from 10 to 30
+    write_latest(steps.checkpoints, 10, steps.previous)
+    assert steps.found() == [30, 10]
+
+
+def test_all_damaged_tells_the_last_one(steps):
+    for step in (10, 20, 30):
+        damage_manifest(steps.checkpoints, step)
+    with pytest.raises(ValueError, match=f"step_00000010/{MANIFEST_FILE} is damaged"):
+        newest_readable(steps.checkpoints)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that runs after it may be relied on."""
+
+
+def kill_before(number, patch):
+    """Kills before the given of the operations on folders that follow, counted from 1."""
+    calls = 0
+
+    def counted(operation):
+        def run(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise Killed
+            return operation(*arguments, **keywords)
+
+        return run
+
+    for owner, name in ((Path, "rename"), (shutil, "rmtree"), (directory_module, "sync_directory")):
+        patch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.parametrize(("number", "is_old"), [(n, n <= 4) for n in range(1, 7)])
+def test_kill_within_publish_leaves_one_whole_step_of_the_name(steps, monkeypatch, number, is_old):
+    target = step_directory(steps.checkpoints, 30)
+    old = read_manifest(target).sha256
+    steps.resume(20)
+    staging = steps.stage(30)
+    new = read_manifest(staging).sha256
+    assert new != old
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(number, patch)
+        publish(staging, target)
+    assert steps.found() == [30, 20, 10]
+    assert newest_readable(steps.checkpoints).sha256 == (old if is_old else new)
+    remove_leftovers(steps.checkpoints)
+    assert sorted(os.listdir(steps.checkpoints)) == [
+        *("elsewhere", LATEST_FILE, "step_00000010", "step_00000020", "step_00000030")
+    ]
+    assert read_manifest(target).sha256 == (old if is_old else new)
+
+
+def test_leftovers_go_and_nothing_else(steps):
+    checkpoints = steps.checkpoints
+    for name in (".staging_step_00000040", ".removed_step_00000005", ".replaced_step_00000020"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "weights").write_text("")
+    (checkpoints / "latest.tmp123").write_text("")
+    (checkpoints / "notes.txt").write_text("mine")
+    remove_leftovers(checkpoints)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        *("elsewhere", LATEST_FILE, "notes.txt"),
+        *("step_00000010", "step_00000020", "step_00000030"),
+    ]
+    remove_leftovers(checkpoints.parent / "absent")
+
+
+def test_removed_step_is_gone(steps):
+    remove_step(step_directory(steps.checkpoints, 20))
+    assert steps.found() == [30, 10]
+    assert sorted(os.listdir(steps.checkpoints)) == [
+        *("elsewhere", LATEST_FILE, "step_00000010", "step_00000030")
+    ]
+
+
+@pytest.mark.parametrize(("number", "is_left"), [(n, n <= 2) for n in range(1, 5)])
+def test_kill_within_a_removal_leaves_all_of_a_step_or_none(steps, monkeypatch, number, is_left):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(number, patch)
+        remove_step(step_directory(steps.checkpoints, 20))
+    assert (20 in complete_steps(steps.checkpoints)) == is_left
+    remove_leftovers(steps.checkpoints)
+    assert step_directory(steps.checkpoints, 20).exists() == is_left
+    assert not [name for name in os.listdir(steps.checkpoints) if name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("steps", "newest", "keep_last", "keep_every", "expected"),
+    [
+        ([10, 20, 30, 40], 40, 0, 0, []),
+        ([10, 20, 30, 40], 40, 0, 20, []),
+        ([10, 20, 30, 40], 40, 1, 0, [10, 20, 30]),
+        ([10, 20, 30, 40], 40, 2, 0, [10, 20]),
+        ([40, 10, 30, 20], 40, 2, 0, [10, 20]),
+        ([10, 20, 30, 40], 40, 4, 0, []),
+        ([10, 20, 30, 40], 40, 9, 0, []),
+        ([10, 20, 30, 40], 40, 1, 20, [10, 30]),
+        ([10, 20, 30, 40], 40, 1, 30, [10, 20]),
+        ([10, 20, 30, 40], 40, 2, 1, []),
+        # 30 and 40 are of a line that was left: not counted, and they stay.
+        ([10, 20, 25, 30, 40], 25, 1, 0, [10, 20]),
+        ([10, 20, 25, 30, 40], 25, 2, 20, [10]),
+        ([10], 10, 1, 0, []),
+        ([], 10, 1, 0, []),
+    ],
+)
+def test_retention(steps, newest, keep_last, keep_every, expected):
+    assert steps_to_remove(steps, newest, keep_last=keep_last, keep_every=keep_every) == expected
