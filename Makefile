@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CODE := megagpt tools launch tests benchmarks
 FAST_TESTS := $(wildcard tests/unit tests/distributed tests/parity)
 
-.PHONY: help venv ops demo test test-slow parity mutation lint format clean
+.PHONY: help venv ops demo test test-slow parity mutation faults lint format clean
 
 help:
 	@echo "make demo       train a small GPT on Shakespeare on two CPU processes, from nothing"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make parity     every layout against the oracle: build/parity.json, docs/parity.md"
 	@echo "make mutation   break invariants, and see the parity suite fail: build/mutation.json"
+	@echo "make faults     real faults to real runs: build/faults.json, docs/faults.md"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
 	@echo "make ops        compile DeepSpeed's CPU ops"
 	@echo "make clean      remove caches and build folders; data, runs and .venv stay"
@@ -47,6 +48,9 @@ parity: ops
 
 mutation: ops
 	$(BIN)/python tests/mutation/mutate.py --json build/mutation.json
+
+faults: ops
+	$(BIN)/python tests/faults/suite.py --json build/faults.json --docs docs/faults.md
 
 lint: venv
 	$(BIN)/ruff check $(CODE)

@@ -73,7 +73,8 @@ def test_command_exists_and_takes_its_flags(command, tmp_path, monkeypatch):
         assert set(flags_in(arguments[:end])) <= flags_of(scripts[0])
         arguments = arguments[end + 1 :]
     elif scripts[0] != "launch/pretrain.py":
-        subcommand = arguments[:1] if scripts[0] == "tools/data.py" else []
+        has_commands = scripts[0] in ("tools/data.py", "tools/checkpoint.py")
+        subcommand = arguments[:1] if has_commands else []
         assert set(flags_in(arguments)) <= flags_of(scripts[0], *subcommand)
         return
     # Settings are parsed for real; run.yaml stands for the reader's own file.
