@@ -29,7 +29,7 @@ from megagpt.checkpoint.manifest import (
 from megagpt.checkpoint.reader import CheckpointReader, verify_checkpoint
 
 _NEXT = (*EVERY_STEP, "--training.exit_step", str(BASE_STEPS + 1))
-_FLIPS = 1000
+_FLIPS = 1200
 
 
 def _refused(

@@ -91,7 +91,7 @@ ROWS = (
     ),
     Row(
         10,
-        "one bit of a file flips, 1,000 times",
+        "one bit of a file flips, 1,200 times",
         "all found before a tensor is used",
         reading.flipped,
     ),

@@ -55,7 +55,7 @@ class Stage:
 
     def __str__(self) -> str:
         number = f" {self.when} of {self.count}" * (self.count > 1)
-        return f"{self.syscall}{number} {self.path}"
+        return f"{self.syscall}{number} {self.path or 'the folder above'}"
 
     def fault(self, rank: int, run: Path, step: int) -> Fault:
         """A kill of the rank at this place of the save of a step."""
@@ -132,8 +132,8 @@ def kill_at_every_stage(bench: Bench, findings: Findings) -> str:
     findings.check(not clutter(run), f"left behind: {clutter(run)}")
     return (
         f"{counts[0]} stages of rank 0, {counts[1]} of the last rank, all resumed on their own; "
-        f"steps lost: at most {max(lost, default=0)} of a save interval of 1; state bit-equal after each; "
-        f"{seconds / max(1, len(lost)):.1f} s a kill"
+        f"steps lost: at most {max(lost, default=0)} of an interval of 1; state bit-equal after "
+        f"each; {seconds / max(1, len(lost)):.1f} s a kill"
     )
 
 
@@ -256,7 +256,7 @@ def _fill(folder: Path) -> list[Path]:
 
 def _cut(line: str) -> str:
     """An error line without its folders."""
-    return re.sub(r"/\S*/", "", line.removeprefix("error: ").partition("; earlier")[0])
+    return re.sub(r"/\S*/", "", line.removeprefix("error: ").partition("; free")[0])
 
 
 def failing_writes(bench: Bench, findings: Findings) -> str:
@@ -315,8 +315,15 @@ def failing_fsync(bench: Bench, findings: Findings) -> str:
         )
         name = f"fsync of {path or 'the folder'}"
         _save_fails(bench, findings, run, fault, f"rank {rank}: [Errno 5]", name)
+    run = bench.copy("fsync_above")
+    fault = Fault(0, "fsync", (run / "checkpoints",), "error=EIO:when=1")
+    with bench.ranks(run, *AUTO, *EVERY_STEP, "--training.exit_step", "4", faults=[fault]) as ranks:
+        codes = ranks.wait()
+    findings.ended_by_one_line(ranks, codes, "rank 0: [Errno 5]", "fsync above")
+    step = check_intact(findings, run, bench.reference, "fsync above")
     return (
-        "shards of both ranks, manifest, folder: not published, named, saved when it worked again"
+        "shards of both ranks, manifest, folder: not published, named, saved when it works again; "
+        f"of the folder above, after the rename: told as failed, and step {step} is whole"
     )
 
 

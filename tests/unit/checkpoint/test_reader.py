@@ -101,6 +101,31 @@ def test_damage_harms_only_what_stands_in_its_block(step, make_values, small_blo
             reader.tensor("norm.weight", "exp_avg_sq")
 
 
+def test_only_the_blocks_of_what_is_asked_for_are_read(
+    tmp_path, write_checkpoint, make_values, small_blocks, monkeypatch
+):
+    directory = write_checkpoint(tmp_path, tp_size=1, dp_size=2)
+    read = Counter()
+    preadv = os.preadv
+
+    def counted(descriptor, buffers, offset):
+        read[os.readlink(f"/proc/self/fd/{descriptor}")] += sum(map(len, buffers))
+        return preadv(descriptor, buffers, offset)
+
+    with CheckpointReader(directory) as reader:
+        part = Slice((0, 6), (0, 12), 0, 20)  # the first 20 of 72 elements, all on the first rank
+        target = np.empty(20, np.float32)
+        monkeypatch.setattr(os, "preadv", counted)
+        reader.read_into("mlp.weight", part, {"weight": target})
+    path = directory / "weights-00000.safetensors"
+    assert list(read) == [str(path)]
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    blocks = -(-header // small_blocks) + 20 * 4 // small_blocks + 2
+    assert read[str(path)] <= blocks * small_blocks < path.stat().st_size
+    expected = make_values()["weight", "mlp.weight"].reshape(-1)[:20]
+    np.testing.assert_array_equal(target, expected)
+
+
 def test_missing_file_is_named_by_reading_and_by_verifying(step, make_values):
     (step / "weights-00002.safetensors").unlink()
     with pytest.raises(DamagedCheckpoint, match="weights-00002.safetensors is missing"):
