@@ -190,8 +190,4 @@ def steps_to_remove(steps: list[int], newest: int, *, keep_last: int, keep_every
     line = sorted(step for step in steps if step <= newest)
     if keep_last == 0:
         return []
-    return [
-        step
-        for step in line[:-keep_last]
-        if not (keep_every and step % keep_every == 0)
-    ]
+    return [step for step in line[:-keep_last] if not (keep_every and step % keep_every == 0)]

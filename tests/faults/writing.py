@@ -117,7 +117,10 @@ def kill_at_every_stage(bench: Bench, findings: Findings) -> str:
             begin = time.monotonic()
             with bench.ranks(run, *every, str(step + 1), faults=[fault]) as ranks:
                 codes = ranks.wait()
+                seen = [line for line in ranks.trace(rank) if f" {stage.syscall}(" in line]
             seconds += time.monotonic() - begin
+            # The kill was the injected one, at this call and no other.
+            findings.check(len(seen) == stage.when, f"{name}: reached {len(seen)} of such calls")
             findings.check(codes[rank] == -signal.SIGKILL, f"{name}: not killed, {codes}")
             findings.check(f"at step {step}" in ranks.output(0), f"{name}: did not resume")
             step, trained = check_intact(findings, run, bench.reference, name), step + 1
