@@ -50,7 +50,7 @@ mutation: ops
 	$(BIN)/python tests/mutation/mutate.py --json build/mutation.json
 
 faults: ops
-	$(BIN)/python tests/faults/suite.py --json build/faults.json --docs docs/faults.md
+	$(BIN)/python tests/faults/fault_suite.py --json build/faults.json --docs docs/faults.md
 
 lint: venv
 	$(BIN)/ruff check $(CODE)

@@ -52,7 +52,7 @@ def _kernel(optimizer: Any, betas: tuple[float, float]) -> Callable[[int], None]
         return lambda step: optimizer.ds_opt_adam.adam_update(
             optimizer.opt_id, step, 0.0, *betas, 1.0, 0.0, True, *scratch
         )
-    on_cpu = all(tensor.device.type == "cpu" for tensor in optimizer.state)
+    on_cpu = {tensor.device.type for tensor in optimizer.state} == {"cpu"}
     if isinstance(optimizer, FusedAdam) and on_cpu:
         parameter, gradient, *moments = ([tensor] for tensor in scratch)
         return lambda step: optimizer.multi_tensor_adam(

@@ -224,14 +224,16 @@ class _Zero3State(OptimizerState):
             if start < end:
                 ranges.append({k: t[offset : offset + end - start] for k, t in tensors.items()})
             offset += parameter.ds_tensor.ds_numel
-        yield ranges
-        if writes:
-            # The shards that the model gathers: rounded, in memory or in their files.
-            optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        if is_swapped and writes:
-            optimizer._optimizer_states_and_gradient_swap_out(number)
-        elif is_swapped:
-            optimizer._release_swap_buffers(number)
+        try:
+            yield ranges
+        finally:  # after a damaged checkpoint too, for an older one may be loaded next
+            if writes:
+                # The shards that the model gathers: rounded, in memory or in their files.
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            if is_swapped and writes:
+                optimizer._optimizer_states_and_gradient_swap_out(number)
+            elif is_swapped:
+                optimizer._release_swap_buffers(number)
 
     @contextmanager
     def loading(self) -> Iterator[None]:

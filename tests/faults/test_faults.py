@@ -1,4 +1,4 @@
-"""Each row of the fault matrix keeps its promise; `suite.py` says how."""
+"""Each row of the fault matrix keeps its promise; `fault_suite.py` says how."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench import Bench  # noqa: E402
+from fault_suite import run_row  # noqa: E402
 from ranks import ROOT  # noqa: E402
 from rows import ROWS  # noqa: E402
-from suite import run_row  # noqa: E402
 
 
 @pytest.fixture(scope="module")
