@@ -11,8 +11,10 @@ from pathlib import Path
 
 from megagpt.checkpoint.directory import (
     LATEST_FILE,
+    LEFTOVERS,
     complete_steps,
     find_checkpoints,
+    line_of_steps,
     read_latest,
     steps_to_remove,
 )
@@ -26,7 +28,6 @@ from megagpt.checkpoint.manifest import (
 from megagpt.checkpoint.slices import whole
 
 _ELEMENT_BYTES = 4
-_LEFTOVERS = (".staging_step_*", ".replaced_step_*", ".removed_*step_*", f"{LATEST_FILE}.tmp*")
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ def describe_run(path: Path) -> RunSummary:
     Raises:
         ValueError: If there is no complete step.
     """
-    candidates = find_checkpoints(path)
+    candidates = list(find_checkpoints(path))
     checkpoints = candidates[0].parent
     folders = complete_steps(checkpoints)
     steps = [_describe_step(step, directory) for step, directory in folders.items()]
     sound = {each.directory for each in steps if each.manifest is not None}
     numbers = {directory: step for step, directory in folders.items()}
-    left = {path.name for pattern in _LEFTOVERS for path in checkpoints.glob(pattern)}
+    left = {path.name for pattern in LEFTOVERS for path in checkpoints.glob(pattern)}
     left |= {path.name for path in checkpoints.glob("step_*") if not is_step_folder(path)}
     return RunSummary(
         checkpoints=checkpoints,
@@ -109,7 +110,8 @@ def prunable_steps(run: RunSummary, *, keep_last: int, keep_every: int) -> list[
     sound = {each.step: each for each in run.steps if each.manifest is not None}
     if run.resumed is None:
         return []
-    gone = steps_to_remove(list(sound), run.resumed, keep_last=keep_last, keep_every=keep_every)
+    line = line_of_steps({step: each.directory for step, each in sound.items()}, run.resumed)
+    gone = steps_to_remove(list(line), keep_last=keep_last, keep_every=keep_every)
     return [sound[step] for step in gone]
 
 

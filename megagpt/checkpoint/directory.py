@@ -11,9 +11,16 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megagpt.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, read_manifest
+from megagpt.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    read_links,
+    read_manifest,
+)
+from megagpt.checkpoint.shard_file import DamagedCheckpoint
 from megagpt.files import encode_json, sync_directory, write_atomically
 
 logger = logging.getLogger("megagpt")
@@ -21,6 +28,8 @@ logger = logging.getLogger("megagpt")
 LATEST_FILE = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
 _REPLACED = ".replaced_"
+LEFTOVERS = (".staging_step_*", f"{_REPLACED}step_*", ".removed_step_*", f"{LATEST_FILE}.tmp*")
+"""What a killed process leaves."""
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -51,23 +60,22 @@ def complete_steps(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
-def find_checkpoints(path: Path) -> list[Path]:
+def find_checkpoints(path: Path) -> Iterator[Path]:
     """The step folders meant by a path, the one to resume first.
 
     A step folder means itself. A run folder means its newest step and, should that be damaged, the
-    ones before. The newest is the one that was saved last, which is not always the one of the
-    highest number: a run may have gone back and be on its way again.
+    ones that led to it. The newest is the one that was saved last, which is not always the one of
+    the highest number: a run may have gone back and be on its way again.
 
     Raises:
         ValueError: If there is none.
     """
     if (path / MANIFEST_FILE).is_file():
-        return [path]
+        return iter([path])
     for root in (path / "checkpoints", path):
         steps = complete_steps(root)
         if steps:
-            newest = _newest(root, steps)
-            return [steps[step] for step in sorted(steps, reverse=True) if step <= newest]
+            return (steps[step] for step in line_of_steps(steps, _newest(root, steps)))
     raise ValueError(
         f"{path} holds no complete checkpoint; train first, name another folder, "
         "or start afresh with --checkpoint.load none"
@@ -80,21 +88,43 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ValueError: If there is none.
     """
-    return find_checkpoints(path)[0]
+    return next(find_checkpoints(path))
 
 
 def newest_readable(path: Path) -> CheckpointManifest:
     """The manifest of the first of `find_checkpoints` that is not damaged.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none; the last one's damage, if all are damaged.
     """
-    candidates = find_checkpoints(path)
-    for directory in candidates[:-1]:
-        manifest = _manifest_or_none(directory)
-        if manifest is not None:
-            return manifest
-    return read_manifest(candidates[-1])
+    error: DamagedCheckpoint | None = None
+    for directory in find_checkpoints(path):
+        try:
+            return read_manifest(directory)
+        except DamagedCheckpoint as caught:
+            error = caught
+    assert error is not None
+    raise error
+
+
+def line_of_steps(steps: Mapping[int, Path], newest: int) -> Iterator[int]:
+    """The steps that led to the newest, from it backwards; others are of a line that was left.
+
+    Each manifest names the one before. Where that is gone or damaged, the next lower step is taken.
+
+    Args:
+        steps: All complete steps.
+        newest: The one saved last.
+    """
+    step = newest
+    while True:
+        yield step
+        lower = sorted((each for each in steps if each < step), reverse=True)
+        if not lower:
+            return
+        _, previous = read_links(steps[step])
+        named = (each for each in lower if previous and read_links(steps[each])[0] == previous)
+        step = next(named, lower[0])
 
 
 def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
@@ -160,34 +190,36 @@ def remove_leftovers(checkpoints: Path) -> None:
     """Removes what a killed run left half-written or half-removed; called by one process."""
     for path in sorted(checkpoints.glob(f"{_REPLACED}step_*")):
         target = path.with_name(path.name.removeprefix(_REPLACED))
-        if not target.exists() and (path / MANIFEST_FILE).is_file():
-            path.rename(target)  # killed between the two renames of `publish`
-    for pattern in (".staging_step_*", ".replaced_step_*", ".removed_step_*"):
+        if not (target / MANIFEST_FILE).is_file() and (path / MANIFEST_FILE).is_file():
+            # Killed between the two renames of `publish`.
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+    for pattern in LEFTOVERS:
         for path in checkpoints.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in checkpoints.glob(f"{LATEST_FILE}.tmp*"):
-        path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def remove_step(directory: Path) -> None:
     """Removes a step: its name first, then its files."""
-    removed = directory.with_name(f".removed_{directory.name}")
+    removed = directory.with_name(f".removed_{directory.name.removeprefix(_REPLACED)}")
     shutil.rmtree(removed, ignore_errors=True)
     directory.rename(removed)
     sync_directory(directory.parent)
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def steps_to_remove(steps: list[int], newest: int, *, keep_last: int, keep_every: int) -> list[int]:
-    """Which complete steps retention lets go.
+def steps_to_remove(line: list[int], *, keep_last: int, keep_every: int) -> list[int]:
+    """Which complete steps retention lets go, the oldest first.
 
     Args:
-        steps: All complete steps.
-        newest: The one saved last, which stays. Higher ones are of a line that was left, and stay.
+        line: The steps that led to the newest, from it backwards; no other step is removed.
         keep_last: How many of the newest stay; 0 is all.
         keep_every: Multiples of this stay as well; 0 is none.
     """
-    line = sorted(step for step in steps if step <= newest)
     if keep_last == 0:
         return []
-    return [step for step in line[:-keep_last] if not (keep_every and step % keep_every == 0)]
+    old = reversed(line[keep_last:])
+    return [step for step in old if not (keep_every and step % keep_every == 0)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,10 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 _DIGEST_KEY = '"sha256": "'
 _NO_DIGEST = "0" * 64
+_LINKS = re.compile(
+    rb'"sha256": "([0-9a-f]{64})",\n "created": "[^"\n]*",\n "previous": (?:"([0-9a-f]{64})"|null),'
+)
+_HEAD_BYTES = 4096
 
 
 def weights_file(shard: int) -> str:
@@ -168,6 +173,22 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_links(directory: Path) -> tuple[str, str | None]:
+    """The hash that a manifest names as its own, and that of the checkpoint before it.
+
+    Reads the first lines only and checks nothing, for a manifest of many ranks is long; empty where
+    they are not what was written.
+    """
+    try:
+        with (directory / MANIFEST_FILE).open("rb") as file:
+            match = _LINKS.search(file.read(_HEAD_BYTES))
+    except OSError:
+        return "", None
+    if match is None:
+        return "", None
+    return match[1].decode(), match[2].decode() if match[2] else None
 
 
 def _verified(content: bytes, path: Path) -> dict[str, Any]:

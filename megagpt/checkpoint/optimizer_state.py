@@ -27,6 +27,7 @@ from megagpt.checkpoint.adam import adam_step, set_adam_step
 from megagpt.checkpoint.manifest import KINDS
 
 _MOMENTS = KINDS[1:]
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,33 @@ class OptimizerState(ABC):
         """Around the writing of all units; the weights of the model follow. A collective."""
         yield
 
-    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Those that hold the moments."""
-        return [getattr(self.optimizer, "optimizer", self.optimizer)]
-
     @property
     def adam_step(self) -> int:
         """Updates that Adam has made."""
-        return max(adam_step(optimizer) for optimizer in self.inner_optimizers())
+        return adam_step(self._adam)
 
     @adam_step.setter
     def adam_step(self, step: int) -> None:
-        for optimizer in self.inner_optimizers():
-            set_adam_step(optimizer, step)
+        set_adam_step(self._adam, step)
+
+    @property
+    def loss_scaler(self) -> dict[str, float]:
+        """What fp16's dynamic loss scaler has come to; empty where the scale is fixed."""
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        if scaler is None or not scaler.dynamic:
+            return {}
+        return {name: getattr(scaler, name) for name in _SCALER}
+
+    @loss_scaler.setter
+    def loss_scaler(self, values: dict[str, float]) -> None:
+        # Settings stay those of this run; with another precision before, there is nothing to take.
+        for name in self.loss_scaler.keys() & values.keys():
+            setattr(self.optimizer.loss_scaler, name, values[name])
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The one that holds the moments."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def optimizer_state(engine: deepspeed.DeepSpeedEngine) -> OptimizerState:
@@ -176,7 +191,7 @@ class _PartitionedState(OptimizerState):
     @contextmanager
     def unit(self, number: int, *, writes: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
         master = self._masters[number]
-        tensors = {"weight": master.data, **_moments(self.optimizer.optimizer, master)}
+        tensors = {"weight": master.data, **_moments(self._adam, master)}
         yield [
             {k: t[at : at + held.end - held.start] for k, t in tensors.items()}
             for held, at in self._ranges(number)
@@ -217,7 +232,7 @@ class _Zero3State(OptimizerState):
         if is_swapped:
             optimizer._optimizer_states_and_gradient_swap_in(number)
         master = optimizer.fp32_partitioned_groups_flat[number]
-        tensors = {"weight": master.data, **_moments(self._inner(number), master)}
+        tensors = {"weight": master.data, **_moments(self._adam, master)}
         ranges, offset = [], 0
         for parameter in optimizer.fp16_groups[number]:
             start, end = self._range(parameter)
@@ -241,14 +256,3 @@ class _Zero3State(OptimizerState):
         yield
         # all-gather over dp: shards of the small parameters that stay whole
         self.optimizer.checkpoint_event_epilogue()
-
-    def _inner(self, number: int) -> torch.optim.Optimizer:
-        """Under a partial offload, sub-groups that stay on the device have their own optimizer."""
-        if self.optimizer.offload_optimizer:
-            if self.optimizer.subgroup_to_device[number] != "cpu":
-                return self.optimizer.backup_optimizer
-        return self.optimizer.optimizer
-
-    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
-        numbers = range(len(self.optimizer.fp16_groups))
-        return list({id(o): o for o in (self._inner(n) for n in numbers)}.values())

@@ -21,10 +21,19 @@ from megagpt.checkpoint.manifest import (
     tensor_key,
     weights_file,
 )
-from megagpt.checkpoint.shard_file import DamagedCheckpoint, FileRecord, ShardReader
-from megagpt.checkpoint.slices import Slice, overlaps, whole
+from megagpt.checkpoint.shard_file import (
+    BLOCK_BYTES,
+    BlockCache,
+    DamagedCheckpoint,
+    FileRecord,
+    ShardReader,
+)
+from megagpt.checkpoint.slices import Overlap, Slice, overlaps, whole
 
 _MAX_OPEN_FILES = 128
+_CACHE_BYTES = 512 << 20
+_BAND_ELEMENTS = 16 << 20
+"""Of the rows that are read at once where only some of their columns are asked for."""
 _VERIFYING_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -33,14 +42,18 @@ class CheckpointReader:
 
     Args:
         directory: A step folder.
+        held_bytes: What its caller will hold. One block of each file is kept, where that is no more
+            than 512 MiB or an eighth of this: many files have a little of each tensor.
 
     Raises:
         ValueError: If it is not a complete checkpoint; DamagedCheckpoint if it was one.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, held_bytes: int = 0) -> None:
         self.directory = directory
         self.manifest: CheckpointManifest = read_manifest(directory)
+        one_of_each = len(self.manifest.files) * BLOCK_BYTES
+        self._cache = BlockCache(min(one_of_each, max(_CACHE_BYTES, held_bytes // 8)))
         self._files: dict[str, ShardReader] = {}
 
     def __enter__(self) -> CheckpointReader:
@@ -74,14 +87,7 @@ class CheckpointReader:
                     file = self._file(
                         (optimizer_file if in_optimizer else weights_file)(piece.shard)
                     )
-                    begin, end = overlap.source_span
-                    if overlap.is_contiguous:
-                        at = overlap.target_offset
-                        file.read_into(key, begin, target[at : at + overlap.size])
-                    else:
-                        span = np.empty(end - begin, np.float32)
-                        file.read_into(key, begin, span)
-                        overlap.copy(span, target)
+                    _read_overlap(file, key, overlap, target)
         if found != part.size:
             raise ValueError(
                 f"{self.directory} has {found} of the {part.size} elements of {name} that are "
@@ -106,14 +112,28 @@ class CheckpointReader:
         return file.read(name) if name in file.names() else None
 
     def _file(self, name: str) -> ShardReader:
-        if name not in self._files:
+        file = self._files.pop(name, None)
+        if file is None:
             record = self.manifest.files.get(name)
             if record is None:
                 raise DamagedCheckpoint(f"{self.directory}: the manifest knows no file {name}")
             if len(self._files) == _MAX_OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
-            self._files[name] = ShardReader(self.directory / name, record)
-        return self._files[name]
+            file = ShardReader(self.directory / name, record, self._cache)
+        self._files[name] = file  # the one used last stands last
+        return file
+
+
+def _read_overlap(file: ShardReader, key: str, overlap: Overlap, target: np.ndarray) -> None:
+    if overlap.is_contiguous:
+        at = overlap.target_offset
+        file.read_into(key, overlap.source_offset, target[at : at + overlap.size])
+        return
+    for band in overlap.bands(_BAND_ELEMENTS):
+        begin, end = band.source_span
+        span = np.empty(end - begin, np.float32)
+        file.read_into(key, begin, span)
+        band.copy(span, target)
 
 
 def verify_checkpoint(directory: Path) -> list[str]:

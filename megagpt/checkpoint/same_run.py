@@ -117,6 +117,10 @@ def _values(config: Config) -> dict[str, Any]:
         if name not in _FREE:
             section, _, key = name.partition(".")
             values[name] = sections[section][key]
+    # After their defaults, which depend on the length of the run.
+    is_constant = config.optimizer.schedule == "constant"
+    values["optimizer.decay_steps"] = None if is_constant else config.decay_steps
+    values["optimizer.wsd_decay_steps"] = config.wsd_decay_steps
     return values
 
 

@@ -11,10 +11,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -130,20 +130,46 @@ class ShardWriter:
             self._descriptor = -1
 
 
+class BlockCache:
+    """The blocks that were read last, of any file: small tensors stand many to a block.
+
+    Args:
+        max_bytes: Of all blocks; one is always kept.
+    """
+
+    def __init__(self, max_bytes: int = BLOCK_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._blocks: dict[tuple[Path, int], memoryview] = {}  # the one used last stands last
+
+    def block(self, key: tuple[Path, int], read: Callable[[int], memoryview]) -> memoryview:
+        """A block of a file, by its path and number; read where it is not at hand."""
+        found = self._blocks.pop(key, None)
+        if found is None:
+            found = read(key[1])
+            self._num_bytes += len(found)
+        self._blocks[key] = found
+        while self._num_bytes > self._max_bytes and len(self._blocks) > 1:
+            self._num_bytes -= len(self._blocks.pop(next(iter(self._blocks))))
+        return found
+
+
 class ShardReader:
     """Reads verified parts of a file.
 
     Args:
         path: The file.
         record: What its manifest says of it.
+        cache: Of its blocks, and of other files' that are read along with it.
 
     Raises:
         DamagedCheckpoint: If it is missing, or has another length.
     """
 
-    def __init__(self, path: Path, record: FileRecord) -> None:
+    def __init__(self, path: Path, record: FileRecord, cache: BlockCache | None = None) -> None:
         self.path = path
         self.record = record
+        self._cache = cache or BlockCache()
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -159,12 +185,9 @@ class ShardReader:
         except BaseException:
             os.close(self._descriptor)
             raise
-        # Kept, because small tensors stand many to a block.
-        self._block = lru_cache(maxsize=2)(self._read_block)
 
     def close(self) -> None:
         """Closes the file."""
-        self._block.cache_clear()
         os.close(self._descriptor)
 
     def names(self) -> list[str]:
@@ -246,7 +269,8 @@ class ShardReader:
             if take == size:
                 self._read_and_compare(number, into)
             else:
-                into[:] = self._block(number)[offset : offset + take]
+                block = self._cache.block((self.path, number), self._read_block)
+                into[:] = block[offset : offset + take]
             done += take
 
     def _read_block(self, number: int) -> memoryview:

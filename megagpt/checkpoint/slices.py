@@ -6,7 +6,7 @@ Next file: `shard_file.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -104,6 +104,16 @@ class Overlap(NamedTuple):
     def is_contiguous(self) -> bool:
         """Whether it is one range in both."""
         return self.num_rows == 1
+
+    def bands(self, max_elements: int) -> Iterator[Overlap]:
+        """Its rows in bands, whose spans are at most so long, or one row."""
+        num_rows = max(1, max_elements // self.source_stride)
+        for row in range(0, self.num_rows, num_rows):
+            yield self._replace(
+                num_rows=min(num_rows, self.num_rows - row),
+                target_offset=self.target_offset + row * self.target_stride,
+                source_offset=self.source_offset + row * self.source_stride,
+            )
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies it.

@@ -73,8 +73,6 @@ ACCEPTED_KEYS: dict[str, Kind] = {
             "pipeline_read": "bool",
             "pipeline_write": "bool",
             "fast_init": "bool",
-            "ratio": "number",
-            "super_offload": "bool",
             "cpuadam_cores_perc": "number",
         },
         "sub_group_size": "int",
@@ -195,6 +193,10 @@ REFUSED_KEYS: dict[str, str] = {
     "zero_optimization.cpu_offload_use_pin_memory": "it is deprecated; write pin_memory in "
     "offload_optimizer or offload_param",
     "zero_optimization.compute_grad_norm": "the norm is logged in every mode; remove it",
+    "zero_optimization.offload_optimizer.ratio": "the part that stays on the device has an "
+    "optimizer of its own, which the learning rate does not reach (0.19.8); remove it",
+    "zero_optimization.offload_optimizer.super_offload": "its moments are in another process, out "
+    "of a checkpoint's reach; remove it",
     "zero_optimization.zenflow": _NOT_DRIVEN,
     "zero_optimization.save_muon_momentum_buffer_in_memory": _NOT_DRIVEN,
     "zero_optimization.leaf_module": _NOT_DRIVEN,

@@ -62,16 +62,18 @@ def train(arguments: list[str], on_step: Callable[[StepResult], bool | None] | N
     _initialise_process_group(device)
     import torch
 
-    from megagpt.checkpoint.saver import CheckpointRefused, SaveFailed
+    from megagpt.checkpoint.loader import CheckpointRefused
+    from megagpt.checkpoint.saver import SaveFailed
 
+    # After any other error ranks may be within a collective, and the end of a group waits for it.
     try:
         trainer.run(on_step)
     except (CheckpointRefused, SaveFailed):
+        torch.distributed.destroy_process_group()
         if trainer.world.rank == 0:
             raise
         raise SystemExit(1) from None  # all ranks know of it; the first one tells
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
     return trainer.is_interrupted
 
 

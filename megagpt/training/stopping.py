@@ -16,12 +16,14 @@ import torch.distributed as dist
 from megagpt.checkpoint.manifest import CheckpointState
 from megagpt.config.schema import TrainingConfig
 
+_REPEAT_SECONDS = 5.0
+"""Within this, a second signal is the first one's echo: a launcher hands on what it got itself."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What SLURM and launchers send before they kill."""
 
 
 class StopSignal:
-    """Remembers that this process was told to stop; a second signal ends it at once.
+    """Remembers that this process was told to stop; told again seconds later, it ends at once.
 
     A context manager: outside of it signals do what they did before. Only the main thread may
     enter it.
@@ -29,6 +31,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
@@ -39,10 +42,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number).name, now
+        elif now - self._received_at > _REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = signal.Signals(number).name
 
 
 @dataclass(frozen=True)

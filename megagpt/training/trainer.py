@@ -24,6 +24,7 @@ from deepspeed import DeepSpeedEngine
 
 from megagpt import __version__
 from megagpt.checkpoint.directory import complete_steps, newest_readable
+from megagpt.checkpoint.loader import CheckpointRefused
 from megagpt.checkpoint.manifest import CheckpointState, Layout
 from megagpt.checkpoint.same_run import refuse_other_run
 from megagpt.checkpoint.saver import Checkpointer, SaveFailed
@@ -50,6 +51,7 @@ from megagpt.training.train_step import StepResult, evaluate, train_step
 
 logger = logging.getLogger("megagpt")
 
+_ABANDON_SECONDS = 120.0
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -224,8 +226,13 @@ class Trainer:
             consumed_samples=self.state.consumed_samples,
         )
         metrics.text("resolved configuration", self.table)
-        with StopSignal() as stop_signal:
-            summary = self._train(metrics, stop_signal, on_step)
+        try:
+            with StopSignal() as stop_signal:
+                summary = self._train(metrics, stop_signal, on_step)
+        except BaseException:
+            # The last save may still be on its way to the disk.
+            self.checkpointer.abandon(_ABANDON_SECONDS)
+            raise
         metrics.close()
         self.checkpointer.close()
         self.batches.close()
@@ -269,7 +276,7 @@ class Trainer:
         config, engine = self.config, self.engine
         validation: dict[str, float] = {}
         trained_tokens, train_seconds = 0, 0.0
-        skipped = nan = 0
+        skipped, nan = self.state.step - self.state.adam_step, 0
         while True:
             result, lr, seconds = self.advance()
             if on_step is not None and on_step(result):
@@ -334,7 +341,10 @@ class Trainer:
         """Loads the checkpoint; if it is damaged, the one before it in the same folder."""
         assert self.load_path is not None
         saved, directory = self.checkpointer.load(self.load_path)
-        self.state = self._continued(saved)
+        try:
+            self.state = self._continued(saved)
+        except ValueError as error:  # of an older checkpoint than the one that was checked first
+            raise CheckpointRefused(str(error)) from None
         for difference in self.overridden:
             logger.info(f"overridden: {difference}")
         logger.info(f"resumed from {directory} at step {self.state.step}")
@@ -436,7 +446,7 @@ class Trainer:
             "grad-norm": result.grad_norm,
             "params-norm": parameter_norm(engine, self.groups),
             "batch-size": float(config.batch.global_batch_size),
-            "loss-scale": float(engine.loss_scale())
+            "loss-scale": float(engine.optimizer.loss_scale)
             if config.training.precision == "fp16"
             else 1.0,
             "world-size": float(self.world.size),
@@ -507,7 +517,7 @@ def _require_writable(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable_{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a rank of another host may have had the same name
     except OSError as error:
         raise ValueError(
             f"output_dir={directory} cannot be written ({error.strerror}); name a writable folder "

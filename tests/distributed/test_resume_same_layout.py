@@ -5,6 +5,8 @@ kills itself; one resumes. A new process matters, for Adam's CPU kernels keep st
 """
 
 import hashlib
+from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 from resume_cells import kill_self, prepare_data, train
@@ -117,6 +119,54 @@ def outcome(tmp_path_factory):
 @pytest.mark.parametrize("layout", CELLS)
 def test_killed_and_resumed_equals_a_straight_run_to_the_last_bit(outcome, layout):
     assert_bit_equal(outcome, layout)
+
+
+def failing_save(rank, world_size, data, root):
+    """Each of two ranks fails once, while a unit is brought in from NVMe; training goes on."""
+    from megagpt.checkpoint.optimizer_state import _Zero3State
+    from megagpt.checkpoint.shard_file import ShardWriter
+    from megagpt.training.trainer import Trainer
+
+    layout, every = "dp2-zero3-offload_optimizer_nvme", ("--checkpoint.save_interval", "1")
+    outcome = [train(rank, layout, data, root / "straight", steps=5, extra=every)]
+    write, writes = ShardWriter.write, Counter()
+
+    def fail_once(writer, values):
+        step = writer.path.parent.name.removeprefix(".staging_")
+        writes[step] += 1
+        if step == f"step_{2 + rank:08d}" and writes[step] == 4:
+            raise OSError(5, "Input/output error")
+        write(writer, values)
+
+    unit, save_failed, brought_in, left_in = _Zero3State.unit, Trainer._save_failed, [], []
+
+    @contextmanager
+    def watched_unit(state, number, *, writes):
+        with unit(state, number, writes=writes) as ranges:
+            brought_in.append(number)
+            try:
+                yield ranges
+            finally:
+                brought_in.remove(number)
+
+    def watched_failure(trainer, error, **options):
+        left_in.append(list(brought_in))
+        save_failed(trainer, error, **options)
+
+    ShardWriter.write, _Zero3State.unit = fail_once, watched_unit
+    Trainer._save_failed = watched_failure
+    every = (*every, "--checkpoint.on_save_error", "continue")
+    outcome.append(train(rank, layout, data, root / "failing", steps=5, extra=every))
+    assert writes["step_00000001"] > 4 == writes[f"step_{2 + rank:08d}"]
+    assert left_in == [[], []]
+    return outcome, sorted(path.name for path in (root / "failing/checkpoints").iterdir())
+
+
+def test_save_that_fails_leaves_state_on_nvme_in_order(tmp_path, async_io):
+    outcomes = run_distributed(failing_save, 2, prepare_data(tmp_path), tmp_path)
+    for (straight_curve, curve), saved in outcomes:
+        assert len(curve) == 5 and curve == straight_curve
+        assert saved == [".owner", "latest", "step_00000001", "step_00000004", "step_00000005"]
 
 
 @pytest.fixture(scope="module")

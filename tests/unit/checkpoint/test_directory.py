@@ -83,7 +83,7 @@ def test_newest_comes_first_and_every_folder_means_it(steps):
     root = steps.checkpoints.parent
     assert steps.found() == [30, 20, 10]
     assert find_checkpoint(root) == find_checkpoint(steps.checkpoints)
-    assert find_checkpoints(step_directory(steps.checkpoints, 20)) == [
+    assert list(find_checkpoints(step_directory(steps.checkpoints, 20))) == [
         step_directory(steps.checkpoints, 20)
     ]
     assert newest_readable(root).state.step == 30
@@ -174,6 +174,33 @@ def test_newest_after_going_back_is_that_of_the_new_line(steps):
     assert steps.found() == [30, 25, 20, 15, 10]
 
 
+def test_steps_of_a_line_that_was_left_are_passed_over(steps):
+    steps.resume(10)
+    steps.save(25)
+    assert steps.found() == [25, 10]  # 20 did not lead to it
+    steps.save(45)
+    assert steps.found() == [45, 25, 10]
+
+
+def test_where_the_line_breaks_the_next_lower_step_is_taken(steps):
+    for step in (40, 50, 60):
+        steps.save(step)
+    shutil.rmtree(step_directory(steps.checkpoints, 50))  # as retention does
+    assert steps.found() == [60, 40, 30, 20, 10]
+    manifest = step_directory(steps.checkpoints, 30) / MANIFEST_FILE
+    manifest.write_bytes(b"")
+    assert steps.found() == [60, 40, 30, 20, 10]
+    steps.resume(20)
+    steps.save(70)
+    assert steps.found() == [70, 20, 10]
+
+
+def test_a_step_that_follows_a_higher_one_falls_back_below_itself(steps):
+    # Resumed from another folder, a run's first save names the newest step that was there.
+    steps.save(15)
+    assert steps.found() == [15, 10]
+
+
 def test_step_that_a_kill_left_unnamed_is_the_newest(steps):
     steps.save(40, is_named=False)
     assert steps.found() == [40, 30, 20, 10]
@@ -188,12 +215,12 @@ def test_unnamed_step_of_the_new_line_is_told_from_the_old_ones(steps):
     assert steps.found() == [20, 15, 10]
 
 
-def test_damaged_newest_gives_way_to_the_ones_before_it_in_number(steps):
+def test_damaged_newest_gives_way_to_the_one_that_led_to_it(steps):
     steps.resume(10)
-    steps.save(15)
-    damage_manifest(steps.checkpoints, 15)
-    # Not to 30, which is of the line that was left.
-    assert steps.found() == [15, 10]
+    steps.save(25)
+    damage_manifest(steps.checkpoints, 25)
+    # Not to 20 or 30, which are of the line that was left.
+    assert steps.found() == [25, 10]
     assert newest_readable(steps.checkpoints).state.step == 10
 
 
@@ -304,24 +331,39 @@ def test_kill_within_a_removal_leaves_all_of_a_step_or_none(steps, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("steps", "newest", "keep_last", "keep_every", "expected"),
+    ("line", "keep_last", "keep_every", "expected"),
     [
-        ([10, 20, 30, 40], 40, 0, 0, []),
-        ([10, 20, 30, 40], 40, 0, 20, []),
-        ([10, 20, 30, 40], 40, 1, 0, [10, 20, 30]),
-        ([10, 20, 30, 40], 40, 2, 0, [10, 20]),
-        ([40, 10, 30, 20], 40, 2, 0, [10, 20]),
-        ([10, 20, 30, 40], 40, 4, 0, []),
-        ([10, 20, 30, 40], 40, 9, 0, []),
-        ([10, 20, 30, 40], 40, 1, 20, [10, 30]),
-        ([10, 20, 30, 40], 40, 1, 30, [10, 20]),
-        ([10, 20, 30, 40], 40, 2, 1, []),
-        # 30 and 40 are of a line that was left: not counted, and they stay.
-        ([10, 20, 25, 30, 40], 25, 1, 0, [10, 20]),
-        ([10, 20, 25, 30, 40], 25, 2, 20, [10]),
-        ([10], 10, 1, 0, []),
-        ([], 10, 1, 0, []),
+        ([40, 30, 20, 10], 0, 0, []),
+        ([40, 30, 20, 10], 0, 20, []),
+        ([40, 30, 20, 10], 1, 0, [10, 20, 30]),
+        ([40, 30, 20, 10], 2, 0, [10, 20]),
+        ([40, 30, 20, 10], 4, 0, []),
+        ([40, 30, 20, 10], 9, 0, []),
+        ([40, 30, 20, 10], 1, 20, [10, 30]),
+        ([40, 30, 20, 10], 1, 30, [10, 20]),
+        ([40, 30, 20, 10], 2, 1, []),
+        ([10], 1, 0, []),
+        ([], 1, 0, []),
     ],
 )
-def test_retention(steps, newest, keep_last, keep_every, expected):
-    assert steps_to_remove(steps, newest, keep_last=keep_last, keep_every=keep_every) == expected
+def test_retention(line, keep_last, keep_every, expected):
+    assert steps_to_remove(line, keep_last=keep_last, keep_every=keep_every) == expected
+
+
+def test_step_under_its_replaced_name_is_removed_without_a_trace(steps):
+    target = step_directory(steps.checkpoints, 20)
+    target.rename(target.with_name(f".replaced_{target.name}"))
+    assert steps.found() == [30, 20, 10]
+    remove_step(complete_steps(steps.checkpoints)[20])
+    assert sorted(os.listdir(steps.checkpoints)) == [
+        *("elsewhere", LATEST_FILE, "step_00000010", "step_00000030")
+    ]
+
+
+def test_replaced_step_comes_back_where_the_new_one_is_not_whole(steps):
+    target = step_directory(steps.checkpoints, 20)
+    target.rename(target.with_name(f".replaced_{target.name}"))
+    target.mkdir()  # no manifest in it
+    remove_leftovers(steps.checkpoints)
+    assert read_manifest(target).state.step == 20
+    assert not [name for name in os.listdir(steps.checkpoints) if name.startswith(".")]

@@ -14,6 +14,7 @@ from megagpt.checkpoint.manifest import (
     Layout,
     Piece,
     TensorRecord,
+    read_links,
     read_manifest,
     write_manifest,
 )
@@ -53,6 +54,21 @@ def test_round_trip_gives_every_field_back(tmp_path, manifest):
     assert os.listdir(tmp_path) == [MANIFEST_FILE]
     # A person finds a tensor's line.
     assert re.search(r'^  "a.weight": \{.*\}$', (tmp_path / MANIFEST_FILE).read_text(), re.M)
+
+
+def test_links_are_read_from_the_first_lines_alone(tmp_path, manifest):
+    digest = write_manifest(tmp_path, manifest)
+    assert read_links(tmp_path) == (digest, "12" * 32)
+    path = tmp_path / MANIFEST_FILE
+    path.write_bytes(path.read_bytes()[:600])
+    assert read_links(tmp_path) == (digest, "12" * 32)
+    digest = write_manifest(tmp_path, dataclasses.replace(manifest, previous=None))
+    assert read_links(tmp_path) == (digest, None)
+    for content in (b"", b"\xff" * 9, b'{"sha256": "00"}'):
+        path.write_bytes(content)
+        assert read_links(tmp_path) == ("", None)
+    path.unlink()
+    assert read_links(tmp_path) == ("", None)
 
 
 def test_hash_is_that_of_the_text_with_zeros_in_its_place(tmp_path, manifest):

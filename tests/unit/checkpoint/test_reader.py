@@ -126,6 +126,22 @@ def test_only_the_blocks_of_what_is_asked_for_are_read(
     np.testing.assert_array_equal(target, expected)
 
 
+def test_a_block_of_many_small_tensors_is_read_once(step, small_blocks, monkeypatch):
+    read = Counter()
+    preadv = os.preadv
+
+    def counted(descriptor, buffers, offset):
+        read[os.readlink(f"/proc/self/fd/{descriptor}"), offset] += 1
+        return preadv(descriptor, buffers, offset)
+
+    with CheckpointReader(step, held_bytes=1 << 20) as reader:
+        monkeypatch.setattr(os, "preadv", counted)
+        monkeypatch.setattr(reader_module, "_MAX_OPEN_FILES", 1)  # reopened, and not read again
+        for name in 2 * [*reader.manifest.tensors]:
+            reader.read_into(name, Slice((0, 1), (0, 1), 0, 1), {"weight": np.empty(1, "f4")})
+    assert len(read) > 3 and max(read.values()) == 1
+
+
 def test_missing_file_is_named_by_reading_and_by_verifying(step, make_values):
     (step / "weights-00002.safetensors").unlink()
     with pytest.raises(DamagedCheckpoint, match="weights-00002.safetensors is missing"):

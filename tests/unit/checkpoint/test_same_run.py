@@ -94,6 +94,20 @@ def test_shape_of_the_model_is_never_overridden(saved, model, name):
     assert "--checkpoint.override" not in str(caught.value)
 
 
+def test_length_of_the_run_may_not_move_the_schedule_unsaid(saved, make_state):
+    config = changed(training={"train_steps": 5000})
+    with pytest.raises(ValueError, match=r"decay_steps: saved 500, asked 5000; .*decay_steps\]'"):
+        compare(saved, config)
+    assert compare(saved, config, override=["optimizer.decay_steps"])
+    wsd = {"schedule": "wsd"}
+    saved = make_state(config=changed(optimizer=wsd))
+    with pytest.raises(ValueError, match="wsd_decay_steps: saved 50, asked 500;"):
+        compare(saved, changed(training={"train_steps": 5000}, optimizer=wsd))
+    constant = {"schedule": "constant"}
+    saved = make_state(config=changed(optimizer=constant))
+    assert not compare(saved, changed(training={"train_steps": 5000}, optimizer=constant))
+
+
 def test_length_of_the_context_may_be_overridden_without_a_table_of_positions(make_state):
     rope = {"position_embedding": "rope"}
     saved = make_state(config=changed(model=rope))
@@ -123,7 +137,10 @@ def test_override_that_names_nothing_is_refused_even_where_nothing_differs(saved
 @pytest.mark.parametrize(
     "config",
     [
-        changed(training={"train_steps": 5000, "eval_interval": 7, "exit_step": 9}),
+        changed(
+            training={"train_steps": 5000, "eval_interval": 7, "exit_step": 9},
+            optimizer={"decay_steps": 500},
+        ),
         changed(training={"activation_checkpointing": "full"}),
         changed(parallel={"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
         changed(batch={"micro_batch_size": 1}),

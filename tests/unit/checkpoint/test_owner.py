@@ -1,0 +1,88 @@
+"""One run at a time writes to a folder of checkpoints, and none keeps it after its end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.checkpoint.owner import OWNER_FILE, Ownership, is_owned
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from megagpt.checkpoint.owner import Ownership
+owner = Ownership(Path(sys.argv[1]))
+print(owner.token, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that has the folder, and its token."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def pretend_other_host(folder):
+    owner = json.loads((folder / OWNER_FILE).read_text())
+    (folder / OWNER_FILE).write_text(json.dumps(owner | {"host": "elsewhere"}))
+
+
+def test_a_live_run_of_this_host_keeps_another_out(tmp_path, other):
+    process, token = other
+    with pytest.raises(
+        ValueError, match=rf"written by another run \(process {process.pid}\); wait"
+    ):
+        Ownership(tmp_path)
+    assert is_owned(tmp_path, token)
+
+
+def test_a_killed_run_keeps_nobody_out(tmp_path, other):
+    process, token = other
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    owner = Ownership(tmp_path)
+    owner.require()
+    assert owner.is_kept and not is_owned(tmp_path, token)
+    owner.release()
+
+
+def test_a_run_of_another_host_is_taken_over_and_learns_of_it(tmp_path):
+    first = Ownership(tmp_path)
+    pretend_other_host(tmp_path)
+    first.require()
+    second = Ownership(tmp_path)  # though the lock is held, as by a host that has died
+    second.require()
+    assert not first.is_kept
+    place = f"process {os.getpid()} on {socket.gethostname()}"
+    with pytest.raises(OSError, match=rf"taken by another run \({place}\)"):
+        first.require()
+    first.release()
+    second.release()
+
+
+def test_released_folder_can_be_taken_and_its_file_be_anything(tmp_path):
+    Ownership(tmp_path).release()
+    for content in (b"", b"\xff", b"[]", b"null", b"[" * 100_000, b"x" * 1000):
+        (tmp_path / OWNER_FILE).write_bytes(content)
+        assert not is_owned(tmp_path, "")
+        owner = Ownership(tmp_path)
+        owner.require()
+        owner.release()
+
+
+def test_folder_that_cannot_be_written_is_told_by_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Ownership(tmp_path / "absent")
