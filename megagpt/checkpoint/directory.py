@@ -20,6 +20,7 @@ from megagpt.checkpoint.manifest import (
     read_links,
     read_manifest,
 )
+from megagpt.checkpoint.owner import OWNER_FILE
 from megagpt.checkpoint.shard_file import DamagedCheckpoint
 from megagpt.files import encode_json, sync_directory, write_atomically
 
@@ -28,7 +29,10 @@ logger = logging.getLogger("megagpt")
 LATEST_FILE = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
 _REPLACED = ".replaced_"
-LEFTOVERS = (".staging_step_*", f"{_REPLACED}step_*", ".removed_step_*", f"{LATEST_FILE}.tmp*")
+LEFTOVERS = (
+    *(".staging_step_*", f"{_REPLACED}step_*", ".removed_step_*"),
+    *(f"{LATEST_FILE}.tmp*", f"{OWNER_FILE}.tmp*"),
+)
 """What a killed process leaves."""
 
 

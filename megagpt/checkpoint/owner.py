@@ -1,14 +1,14 @@
 """Which run writes to a folder of checkpoints: one at a time, and the last that took it.
 
-A lock tells at the start that another run of this host is alive; where locks do not reach, as
-between hosts on some file systems, the older run finds before it writes that the folder is no
-longer its own. A run that is gone never keeps another from starting. Knows no torch.
-Next file: `saver.py`.
+A second run on the same host is refused while the first is alive. Of another host nothing is known,
+and one that has died must not keep a job from being started again: the folder is taken over, and
+the older run, should it be alive, finds before it writes that the folder is no longer its own.
+Knows no torch. Next file: `saver.py`.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import logging
 import os
@@ -17,13 +17,19 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from megagpt.files import encode_json, write_atomically
+
 logger = logging.getLogger("megagpt")
 
 OWNER_FILE = ".owner"
+_CLOCK_SECONDS = 5.0
+"""How far apart two tellings of one process's start may be; an id comes again much later."""
 
 
 class Ownership:
-    """The folder as this process has taken it; one process of a run does.
+    """A folder as this process has taken it; one process of a run does.
 
     Args:
         checkpoints: Of one run.
@@ -36,35 +42,19 @@ class Ownership:
     def __init__(self, checkpoints: Path) -> None:
         self.checkpoints = checkpoints
         self.token = secrets.token_hex(8)
-        path = checkpoints / OWNER_FILE
-        # Open until `release`, for the lock ends with the descriptor.
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            self._lock()
-            owner = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid()}
-            content = (json.dumps(owner) + "\n").encode()
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, content, 0)
-            os.fsync(self._descriptor)  # for ranks that see it through another host
-        except BaseException:
-            self.release()
-            raise
+        _refuse_live_owner(checkpoints)
+        owner = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+        }
+        write_atomically(checkpoints / OWNER_FILE, encode_json(owner))
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _read(self.checkpoints)
-            host = owner.get("host", socket.gethostname())
-            if host == socket.gethostname():
-                raise ValueError(
-                    f"{self.checkpoints} is written by another run (process {owner.get('pid')}); "
-                    "wait until it has ended, or name another --output_dir"
-                ) from None
-            # The lock of a host that has died may outlive it.
-            logger.info(f"warning: {self.checkpoints} is taken over from a run on {host}")
-        except OSError:
-            pass  # a file system without locks
+    @property
+    def is_kept(self) -> bool:
+        """Whether no other run has taken the folder since."""
+        return is_owned(self.checkpoints, self.token)
 
     def require(self) -> None:
         """Checks that no other run has taken the folder since.
@@ -79,21 +69,35 @@ class Ownership:
                 f"on {owner.get('host')})"
             )
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether no other run has taken the folder since."""
-        return is_owned(self.checkpoints, self.token)
-
     def release(self) -> None:
         """Lets another run take the folder."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.is_kept:
+            with contextlib.suppress(OSError):  # on a disk that has become read-only
+                (self.checkpoints / OWNER_FILE).unlink()
 
 
 def is_owned(checkpoints: Path, token: str) -> bool:
     """Whether a folder is the one that the run of a token has taken."""
     return _read(checkpoints).get("token") == token
+
+
+def _refuse_live_owner(checkpoints: Path) -> None:
+    owner = _read(checkpoints)
+    host, pid, started = (owner.get(key) for key in ("host", "pid", "started"))
+    if not isinstance(host, str) or type(pid) is not int or not isinstance(started, float):
+        return
+    if host != socket.gethostname():
+        logger.info(f"warning: {checkpoints} is taken over from a run on {host}")
+        return
+    try:
+        is_alive = abs(psutil.Process(pid).create_time() - started) < _CLOCK_SECONDS
+    except (psutil.Error, ValueError):
+        return
+    if is_alive and pid != os.getpid():
+        raise ValueError(
+            f"{checkpoints} is written by another run (process {pid}); wait until it has ended, "
+            "or name another --output_dir"
+        )
 
 
 def _read(checkpoints: Path) -> dict[str, Any]:

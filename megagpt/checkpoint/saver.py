@@ -121,6 +121,8 @@ class Checkpointer:
         """Gives a save in the background this long to end, where training has failed."""
         if self._thread is not None:
             self._thread.join(timeout_seconds)
+        if self._owner is not None:
+            self._owner.release()
 
     def _open_directory(self) -> None:
         """Takes the folder, which all ranks must mean, and removes what a killed run left."""

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,15 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 class DamagedCheckpoint(ValueError):
     """A file of a checkpoint is missing, or is not what was written."""
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the file to an error of a call that knows only its descriptor."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,8 @@ class ShardWriter:
 
     def _write_bytes(self, data: memoryview) -> None:
         while data:
-            written = os.write(self._descriptor, data)
+            with _naming(self.path):
+                written = os.write(self._descriptor, data)
             if not written:
                 raise OSError(errno.EIO, "nothing was written", str(self.path))
             data = data[written:]
@@ -113,7 +124,8 @@ class ShardWriter:
         if self._num_bytes % BLOCK_BYTES:
             self._digests.append(self._hash.hexdigest())
         try:
-            os.fsync(self._descriptor)
+            with _naming(self.path):
+                os.fsync(self._descriptor)
             found = os.fstat(self._descriptor).st_size
         finally:
             self.abandon()
@@ -282,7 +294,8 @@ class ShardReader:
     def _read_and_compare(self, number: int, target: memoryview) -> None:
         position, done = number * BLOCK_BYTES, 0
         while done < len(target):
-            got = os.preadv(self._descriptor, [target[done:]], position + done)
+            with _naming(self.path):
+                got = os.preadv(self._descriptor, [target[done:]], position + done)
             if not got:
                 raise DamagedCheckpoint(f"{self.path} ends early, at byte {position + done:,}")
             done += got

@@ -157,7 +157,7 @@ def test_a_run_folder_holds_what_the_docs_say(curves):
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["step"] == STEPS and summary["validation_loss"] > 0
     steps = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert steps == [".owner", "latest", f"step_{STEPS:08d}"]
+    assert steps == ["latest", f"step_{STEPS:08d}"]
 
 
 def weights_sha256(weights):
@@ -283,8 +283,8 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_harms_nothing
     def left(name):
         return sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir())
 
-    assert left("stop_false") == [".owner", "latest", "step_00000002"]
-    saved = [".owner", "latest", "step_00000002", "step_00000006", "step_00000008"]
+    assert left("stop_false") == ["latest", "step_00000002"]
+    saved = ["latest", "step_00000002", "step_00000006", "step_00000008"]
     assert left("continue_false") == left("continue_true") == saved
 
 

@@ -22,7 +22,12 @@ from pathlib import Path
 
 from ranks import ROOT, SCRIPT, Fault, Ranks
 
-from megagpt.checkpoint.directory import complete_steps, find_checkpoints, newest_readable
+from megagpt.checkpoint.directory import (
+    LATEST_FILE,
+    complete_steps,
+    find_checkpoint,
+    newest_readable,
+)
 from megagpt.checkpoint.manifest import KINDS
 from megagpt.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megagpt.testing.corpus import byte_corpus
@@ -176,7 +181,7 @@ def newest_step(run: Path) -> int:
 
 def check_intact(findings: Findings, run: Path, reference: dict[int, str], name: str) -> int:
     """Checks that the newest step is whole and what the reference has; returns it."""
-    newest = find_checkpoints(run)[0]
+    newest = find_checkpoint(run)
     step = newest_step(run)
     problems = verify_checkpoint(newest)
     findings.check(not problems, f"{name}: {problems}")
@@ -189,7 +194,7 @@ def clutter(run: Path) -> list[str]:
     """What lies beside the complete steps of a run."""
     complete = {path.name for path in complete_steps(run / "checkpoints").values()}
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    return sorted(names - complete - {"latest"})
+    return sorted(names - complete - {LATEST_FILE})
 
 
 # --- mounts

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from bench import AUTO, BASE_STEPS, EVERY_STEP, Bench, Findings, check_intact, step_folder
+from ranks import Fault
 
-from megagpt.checkpoint.directory import find_checkpoints
+from megagpt.checkpoint.directory import find_checkpoint
 from megagpt.checkpoint.manifest import (
     KINDS,
     MANIFEST_FILE,
@@ -104,7 +105,7 @@ def flipped(bench: Bench, findings: Findings) -> str:
         name = f"{path.name} byte {position} bit {bit}"
         if path == latest:
             # It is only a hint: whatever it says, the newest step is found.
-            findings.check(find_checkpoints(run)[0] == directory, f"{name}: another step is taken")
+            findings.check(find_checkpoint(run) == directory, f"{name}: another step is taken")
             harmless += 1
         elif _is_caught(findings, directory, path, good, name):
             caught += 1
@@ -180,6 +181,22 @@ def foreign_files(bench: Bench, findings: Findings) -> str:
     return "missing and swapped: refused by name, auto falls back; strays ignored" + (
         " and named" * said
     )
+
+
+def failing_read(bench: Bench, findings: Findings) -> str:
+    """Of a shard, on the last rank."""
+    run = bench.copy("failing_read")
+    path = step_folder(run, BASE_STEPS) / optimizer_file(1)
+    fault = Fault(1, "preadv,?preadv2", (path,), "error=EIO:when=1")
+    with bench.ranks(run, *AUTO, *_NEXT, faults=[fault]) as ranks:
+        codes = ranks.wait()
+    line = findings.ended_by_one_line(ranks, codes, "rank 1: [Errno 5]", "read")
+    findings.check("warning" not in ranks.output(0), "an older step was taken")
+    bench.train(run, *AUTO, *_NEXT)
+    step = check_intact(findings, run, bench.reference, "read")
+    findings.check(step == BASE_STEPS + 1, f"not resumed when it works again, step {step}")
+    line = line.removeprefix("error: ").replace(f"{path.parent}/", "").partition(";")[0]
+    return f"exit code 1, one line ({line}); resumed when it works again"
 
 
 def odd_latest(bench: Bench, findings: Findings) -> str:

@@ -80,6 +80,13 @@ ROWS = (
         resuming.background_save_fails,
         "strace",
     ),
+    Row(
+        5,
+        "EIO while a rank reads the checkpoint",
+        "refused with the reason; no older step is taken for what may be mended",
+        reading.failing_read,
+        "strace",
+    ),
     Row(6, "fsync fails", "not published", writing.failing_fsync, "strace"),
     Row(7, "the disk turns read-only", "as row 3", writing.read_only, "mount"),
     Row(8, "slow storage", "no failure", writing.slow_storage, "strace"),
@@ -154,6 +161,12 @@ ROWS = (
         "nothing to resume from",
         "exit code 1 and one line, never training from scratch",
         reading.nothing_to_resume,
+    ),
+    Row(
+        29,
+        "two runs in one folder: on one host, or one of them on a host that was cut off",
+        "never do both commit: the second is refused, or the first learns that it is over",
+        writing.two_runs,
     ),
     Row(
         35,

@@ -5,6 +5,7 @@ Next file: `reading.py`.
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import signal
@@ -30,6 +31,7 @@ from ranks import Fault, Ranks
 
 from megagpt.checkpoint.directory import complete_steps
 from megagpt.checkpoint.manifest import optimizer_file, weights_file
+from megagpt.checkpoint.owner import OWNER_FILE
 
 _CHANGES = "?mkdir,mkdirat,openat,write,fsync,?rename,renameat,?renameat2,?unlink,unlinkat,?rmdir"
 """Syscalls that change a folder of checkpoints; those marked ? exist on some machines only."""
@@ -80,8 +82,8 @@ def save_stages(trace: list[str], run: Path, step: int) -> list[Stage]:
         if match is None or " = -1 " in line or match[1] == "openat" and "O_CREAT" not in line:
             continue
         path = match["name"] or match["file"] or ""
-        if not path.startswith(folder) or ".token_" in path:
-            continue  # the token has another name in each run
+        if not path.startswith(folder):
+            continue
         path = path.removeprefix(folder).removeprefix("/")
         path = path.replace(f"step_{step:08d}", "step_{new}")
         path = path.replace(f"step_{step - 2:08d}", "step_{old}")
@@ -110,7 +112,9 @@ def kill_at_every_stage(bench: Bench, findings: Findings) -> str:
             stages = save_stages(ranks.trace(rank), run, step + 1)
         step += 1
         counts.append(len(stages))
-        for stage in stages:
+        # The folder is taken before a resume.
+        begin_of_save = next(n for n, stage in enumerate(stages) if "{new}" in stage.path)
+        for number, stage in enumerate(stages):
             name = f"rank {rank} before {stage}"
             findings.tried.append(name)
             fault = stage.fault(rank, run, step + 1)
@@ -122,7 +126,8 @@ def kill_at_every_stage(bench: Bench, findings: Findings) -> str:
             # The kill was the injected one, at this call and no other.
             findings.check(len(seen) == stage.when, f"{name}: reached {len(seen)} of such calls")
             findings.check(codes[rank] == -signal.SIGKILL, f"{name}: not killed, {codes}")
-            findings.check(f"at step {step}" in ranks.output(0), f"{name}: did not resume")
+            resumed = f"at step {step}" in ranks.output(0)
+            findings.check(resumed or number < begin_of_save, f"{name}: did not resume")
             step, trained = check_intact(findings, run, bench.reference, name), step + 1
             lost.append(trained - step)
             if codes[rank] != -signal.SIGKILL and len(findings.problems) > 20:
@@ -200,8 +205,9 @@ def full_disk(bench: Bench, findings: Findings) -> str:
 
 def full_inodes(bench: Bench, findings: Findings) -> str:
     """Inodes run out in the middle of a save."""
-    # The root, a step of a folder and five files, latest; then a folder and two of four shards.
-    return _run_out(bench, findings, "inodes", "size=64m,nr_inodes=11")
+    # The root, a step of a folder and five files, latest, the owner; then a folder and two of four
+    # shards.
+    return _run_out(bench, findings, "inodes", "size=64m,nr_inodes=12")
 
 
 def _run_out(bench: Bench, findings: Findings, what: str, options: str) -> str:
@@ -319,7 +325,8 @@ def failing_fsync(bench: Bench, findings: Findings) -> str:
         name = f"fsync of {path or 'the folder'}"
         _save_fails(bench, findings, run, fault, f"rank {rank}: [Errno 5]", name)
     run = bench.copy("fsync_above")
-    fault = Fault(0, "fsync", (run / "checkpoints",), "error=EIO:when=1")
+    # The first is that of taking the folder.
+    fault = Fault(0, "fsync", (run / "checkpoints",), "error=EIO:when=2")
     with bench.ranks(run, *AUTO, *EVERY_STEP, "--training.exit_step", "4", faults=[fault]) as ranks:
         codes = ranks.wait()
     findings.ended_by_one_line(ranks, codes, "rank 0: [Errno 5]", "fsync above")
@@ -382,7 +389,8 @@ def ranks_disagree(bench: Bench, findings: Findings) -> str:
     line = findings.ended_by_one_line(ranks, codes, text, "start")
     findings.check("rank 1" in line, f"start: {line} does not name the rank")
     findings.check("iteration        1/" not in ranks.output(0), "start: a step was trained")
-    written = [p for f in folders for p in (f / "checkpoints").glob("*")]
+    written = [name for folder in folders[:1] for name in clutter(folder)]
+    written += list((folders[1] / "checkpoints").glob("*"))
     findings.check(not written, f"start: {written} was written")
     here, there = bench.copy("folder"), bench.root / "linked"
     there.mkdir()
@@ -400,6 +408,41 @@ def ranks_disagree(bench: Bench, findings: Findings) -> str:
     findings.check(not clutter(here), f"save: left behind {clutter(here)}")
     findings.check(not list((there / "elsewhere").iterdir()), "save: written elsewhere")
     return "refused at the start and at the save, by one line that names rank and folder"
+
+
+def two_runs(bench: Bench, findings: Findings) -> str:
+    """A second run is started in the folder of one that is alive, here or cut off elsewhere."""
+    run = bench.copy("two_runs")
+    words = (*AUTO, *EVERY_STEP, "--training.exit_step")
+    with bench.ranks(run, *words, "40") as first:
+        first.until("successfully saved checkpoint at iteration       5")
+        with bench.ranks(run, *words, "40") as second:
+            codes = second.wait()
+        line = findings.ended_by_one_line(second, codes, "written by another run", "same host")
+        findings.check(first.wait() == [0, 0], f"same host: the first failed: {first.errors()}")
+    step = check_intact(findings, run, bench.reference, "same host")
+    findings.check(step == 40, f"same host: the first got to step {step}")
+    run = bench.copy("cut_off")
+    with bench.ranks(run, *words, "58") as first:
+        first.until("successfully saved checkpoint at iteration       5")
+        for rank in (0, 1):
+            first.signal(rank, signal.SIGSTOP)
+        owner = run / "checkpoints" / OWNER_FILE
+        owner.write_text(json.dumps(json.loads(owner.read_text()) | {"host": "elsewhere"}))
+        with bench.ranks(run, *words, "20") as second:
+            findings.check(second.wait() == [0, 0], f"cut off: not taken over: {second.errors()}")
+        findings.check("taken over from a run on elsewhere" in second.output(0), "not said")
+        for rank in (0, 1):
+            first.signal(rank, signal.SIGCONT)
+        codes = first.wait()
+    findings.ended_by_one_line(first, codes, "has been taken by another run", "cut off")
+    step = check_intact(findings, run, bench.reference, "cut off")
+    findings.check(step == 20, f"cut off: step {step} is newest")
+    findings.check(not clutter(run), f"cut off: left behind {clutter(run)}")
+    return (
+        f"same host: refused ({_cut(line)}), the first goes on; another host: taken over and said, "
+        "the next save of the first fails by one line and touches nothing"
+    )
 
 
 def retention(bench: Bench, findings: Findings) -> str:
