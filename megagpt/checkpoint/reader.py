@@ -42,8 +42,9 @@ class CheckpointReader:
 
     Args:
         directory: A step folder.
-        held_bytes: What its caller will hold. One block of each file is kept, where that is no more
-            than 512 MiB or an eighth of this: many files have a little of each tensor.
+        held_bytes: What its caller will hold. Two blocks of each file are kept, where that is no
+            more than 512 MiB or an eighth of this: many files have a little of each tensor, and
+            both moments of one are asked for in turn.
 
     Raises:
         ValueError: If it is not a complete checkpoint; DamagedCheckpoint if it was one.
@@ -52,8 +53,8 @@ class CheckpointReader:
     def __init__(self, directory: Path, *, held_bytes: int = 0) -> None:
         self.directory = directory
         self.manifest: CheckpointManifest = read_manifest(directory)
-        one_of_each = len(self.manifest.files) * BLOCK_BYTES
-        self._cache = BlockCache(min(one_of_each, max(_CACHE_BYTES, held_bytes // 8)))
+        two_of_each = 2 * len(self.manifest.files) * BLOCK_BYTES
+        self._cache = BlockCache(min(two_of_each, max(_CACHE_BYTES, held_bytes // 8)))
         self._files: dict[str, ShardReader] = {}
 
     def __enter__(self) -> CheckpointReader:

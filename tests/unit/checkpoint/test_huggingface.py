@@ -524,7 +524,7 @@ def anonymous_bytes():
 
 def test_neither_way_holds_more_than_a_few_tensors(tmp_path, monkeypatch):
     for module in (shard_file, manifest, reader):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)  # one is kept of each file
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 18)  # two are kept of each file
     model = gpt2(n_embd=384, n_layer=6, vocab_size=2048, n_positions=64)
     model.save_pretrained(tmp_path / "theirs")
     sizes = [p.numel() * 4 for p in model.parameters()]
