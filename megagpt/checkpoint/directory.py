@@ -112,23 +112,32 @@ def newest_readable(path: Path) -> CheckpointManifest:
 
 
 def line_of_steps(steps: Mapping[int, Path], newest: int) -> Iterator[int]:
-    """The steps that led to the newest, from it backwards; others are of a line that was left.
+    """The newest step and those that led to it, backwards; others are of a line that was left.
 
-    Each manifest names the one before. Where that is gone or damaged, the next lower step is taken.
+    Each manifest tells them. Where the newest's cannot be read, the next lower step stands for it.
 
     Args:
         steps: All complete steps.
         newest: The one saved last.
     """
-    step = newest
-    while True:
+    step: int | None = newest
+    while step is not None:
         yield step
-        lower = sorted((each for each in steps if each < step), reverse=True)
-        if not lower:
+        links = read_links(steps[step])
+        if links is not None:
+            for earlier, sha256 in links.line:
+                found = read_links(steps[earlier]) if earlier in steps else None
+                if found is not None and found.sha256 == sha256:
+                    yield earlier
             return
-        _, previous = read_links(steps[step])
-        named = (each for each in lower if previous and read_links(steps[each])[0] == previous)
-        step = next(named, lower[0])
+        step = max((each for each in steps if each < step), default=None)
+
+
+def newest_sha256(checkpoints: Path) -> str | None:
+    """Hash of the manifest of the step that was saved last; None if there is none to read."""
+    steps = complete_steps(checkpoints)
+    links = read_links(steps[_newest(checkpoints, steps)]) if steps else None
+    return links.sha256 if links else None
 
 
 def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
@@ -137,26 +146,18 @@ def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
     if named is None or named[0] not in steps:
         return max(steps)
     step, sha256 = named
-    manifest = _manifest_or_none(steps[step])
-    if manifest is not None and manifest.sha256 != sha256:
+    links = {s: found for s in steps if (found := read_links(steps[s])) is not None}
+    if step in links and links[step].sha256 != sha256:
         # The name is damaged, and the hash tells the step; or the step was written anew, and
         # `latest` was not.
-        hashes = {s: m.sha256 for s in steps if (m := _manifest_or_none(steps[s])) is not None}
-        step = next((s for s in hashes if hashes[s] == sha256), step)
-        sha256 = hashes[step]
+        step = next((s for s in links if links[s].sha256 == sha256), step)
+        sha256 = links[step].sha256
     # Between the rename of a step and the writing of `latest` a kill leaves one step unnamed.
-    for later in steps:
-        manifest = _manifest_or_none(steps[later]) if later > step else None
-        if manifest is not None and manifest.previous == sha256:
-            step, sha256 = later, manifest.sha256
+    later = {found.previous: s for s, found in links.items()}
+    while sha256 in later:
+        step = later[sha256]
+        sha256 = links[step].sha256
     return step
-
-
-def _manifest_or_none(directory: Path) -> CheckpointManifest | None:
-    try:
-        return read_manifest(directory)
-    except ValueError:
-        return None
 
 
 def read_latest(checkpoints: Path) -> tuple[int, str] | None:

@@ -5,6 +5,7 @@ Next file: `reader.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from megagpt.checkpoint.shard_file import DamagedCheckpoint
 logger = logging.getLogger("megagpt")
 
 _ELEMENT_BYTES = 4
+_CHUNK_ELEMENTS = 16 << 20
+"""On their way through the host's memory to a device."""
 
 
 class CheckpointRefused(ValueError):
@@ -58,6 +61,7 @@ def load_checkpoint(
             logger.info(f"warning: {problem}; the checkpoint before it is taken")
         reader: CheckpointReader | None = None
         error: Exception | None = None
+        strays: list[str] = []
         with state.loading():
             try:
                 with CheckpointReader(directory, held_bytes=_held_bytes(units)) as reader:
@@ -65,12 +69,13 @@ def load_checkpoint(
                         raise ValueError(f"{directory} is not the one that rank 0 finds there")
                     _fill(reader, state, units)
                     restore(reader)
+                strays = stray_files(directory, reader.manifest)
             except Exception as caught:  # none may go on alone, whatever has happened to it
                 error = caught
             problem = _agree(error, agreement)
         if not problem:
             assert reader is not None
-            if strays := stray_files(directory, reader.manifest):
+            if strays:
                 logger.info(f"warning: not of {directory} and not read: {', '.join(strays)}")
             return reader
     raise CheckpointRefused(f"{problem}; resume from another step_* folder")
@@ -89,7 +94,8 @@ def _candidates(path: Path, agreement: Agreement) -> Iterator[tuple[Path, str]]:
         raise CheckpointRefused(problem)
     while True:
         directory = next(found, None)
-        mine = None if directory is None else (directory, read_links(directory)[0])
+        links = read_links(directory) if directory else None
+        mine = None if directory is None else (directory, links.sha256 if links else "")
         candidate = agreement.of_rank_0(mine)
         if candidate is None:
             return
@@ -109,9 +115,7 @@ def _agree(error: Exception | None, agreement: Agreement) -> str:
     failed = [(f"rank {rank}: {p}", damage) for rank, (p, damage) in enumerate(outcomes) if p]
     for problem, is_damage in failed:
         if not is_damage:
-            raise CheckpointRefused(
-                f"{problem}; resume when that is mended, or from another step_* folder"
-            )
+            raise CheckpointRefused(f"{problem}; mend that, or resume from another step_* folder")
     return failed[0][0] if failed else ""
 
 
@@ -143,6 +147,10 @@ def _read_part(reader: CheckpointReader, part: Part, tensors: dict[str, torch.Te
         reader.read_into(part.name, part.slice, targets)
         return
     for kind, tensor in tensors.items():
-        values = np.empty(part.slice.size, np.float32)
-        reader.read_into(part.name, part.slice, {kind: values})
-        tensor.copy_(torch.from_numpy(values))
+        for begin in range(0, part.slice.size, _CHUNK_ELEMENTS):
+            end = min(begin + _CHUNK_ELEMENTS, part.slice.size)
+            first = part.slice.start
+            chunk = dataclasses.replace(part.slice, start=first + begin, end=first + end)
+            values = np.empty(chunk.size, np.float32)
+            reader.read_into(part.name, chunk, {kind: values})
+            tensor[begin:end].copy_(torch.from_numpy(values))

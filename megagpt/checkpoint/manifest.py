@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megagpt.checkpoint.shard_file import BLOCK_BYTES, DamagedCheckpoint, FileRecord
 from megagpt.checkpoint.slices import Slice, is_partition
@@ -29,10 +28,9 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 _DIGEST_KEY = '"sha256": "'
 _NO_DIGEST = "0" * 64
-_LINKS = re.compile(
-    rb'"sha256": "([0-9a-f]{64})",\n "created": "[^"\n]*",\n "previous": (?:"([0-9a-f]{64})"|null),'
-)
-_HEAD_BYTES = 4096
+_HEAD_LINES = 6
+"""Within these stand the keys of `Links`."""
+_MAX_LINE_BYTES = 4 << 20
 
 
 def weights_file(shard: int) -> str:
@@ -129,7 +127,9 @@ class CheckpointManifest:
     created: str = ""
     """When, in UTC."""
     previous: str | None = None
-    """Hash of the manifest of the checkpoint before, in the line of this run."""
+    """Hash of the manifest that was saved before it in the folder, of whatever line."""
+    line: tuple[tuple[int, str], ...] = ()
+    """(step, hash of its manifest) of those in the folder that led to it, the newest first."""
     sha256: str = ""
     """Hash of this manifest, known once it is written or read."""
 
@@ -175,20 +175,29 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_links(directory: Path) -> tuple[str, str | None]:
-    """The hash that a manifest names as its own, and that of the checkpoint before it.
+class Links(NamedTuple):
+    """How a manifest names itself and others of its folder; see `CheckpointManifest`."""
 
-    Reads the first lines only and checks nothing, for a manifest of many ranks is long; empty where
-    they are not what was written.
+    sha256: str
+    previous: str | None
+    line: tuple[tuple[int, str], ...]
+
+
+def read_links(directory: Path) -> Links | None:
+    """The links of a step folder; None where they cannot be read.
+
+    Reads the first lines only, for the manifest of many ranks is long, and compares no hash.
     """
+    values: dict[str, Any] = {}
     try:
         with (directory / MANIFEST_FILE).open("rb") as file:
-            match = _LINKS.search(file.read(_HEAD_BYTES))
-    except OSError:
-        return "", None
-    if match is None:
-        return "", None
-    return match[1].decode(), match[2].decode() if match[2] else None
+            for _ in range(_HEAD_LINES):
+                text = file.readline(_MAX_LINE_BYTES).decode().strip("{, \n")
+                values |= json.loads(f"{{{text}}}")
+        line = tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"])
+        return Links(str(values["sha256"]), values["previous"], line)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _verified(content: bytes, path: Path) -> dict[str, Any]:
@@ -213,6 +222,7 @@ def _encode(manifest: CheckpointManifest) -> str:
         "sha256": _NO_DIGEST,
         "created": manifest.created,
         "previous": manifest.previous,
+        "line": manifest.line,
         "versions": dict(manifest.versions),
         "layout": dataclasses.asdict(manifest.layout),
         "state": state,
@@ -262,6 +272,7 @@ def _decode(values: dict[str, Any]) -> CheckpointManifest:
         versions=values["versions"],
         created=values["created"],
         previous=values["previous"],
+        line=tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"]),
         sha256=values["sha256"],
     )
 

@@ -14,18 +14,26 @@ import logging
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from megagpt.files import encode_json, write_atomically
+from megagpt.files import write_json
 
 logger = logging.getLogger("megagpt")
 
 OWNER_FILE = ".owner"
 _CLOCK_SECONDS = 5.0
 """How far apart two tellings of one process's start may be; an id comes again much later."""
+
+_DYING_SECONDS = 40.0
+"""DeepSpeed's launcher gives ranks 30 seconds to end."""
+
+
+class FolderTaken(OSError):
+    """Another run writes to the folder now."""
 
 
 class Ownership:
@@ -42,38 +50,45 @@ class Ownership:
     def __init__(self, checkpoints: Path) -> None:
         self.checkpoints = checkpoints
         self.token = secrets.token_hex(8)
-        _refuse_live_owner(checkpoints)
-        owner = {
-            "token": self.token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-        }
-        write_atomically(checkpoints / OWNER_FILE, encode_json(owner))
+        self._former = _read(checkpoints)
+        self._has_written = False
+        _judge(self._former, checkpoints)
+        self._write(os.getpid())
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether no other run has taken the folder since."""
-        return is_owned(self.checkpoints, self.token)
+    def _write(self, pid: int | None) -> None:
+        started = psutil.Process().create_time()
+        owner = {"token": self.token, "place": _place(), "pid": pid, "started": started}
+        write_json(self.checkpoints / OWNER_FILE, owner)
 
     def require(self) -> None:
-        """Checks that no other run has taken the folder since.
+        """To be called before each change: checks that no other run has taken the folder since.
 
         Raises:
-            OSError: If one has.
+            FolderTaken: If one has.
+            OSError: If that cannot be read.
         """
-        owner = _read(self.checkpoints)
+        try:
+            content = (self.checkpoints / OWNER_FILE).read_bytes()
+        except FileNotFoundError:  # someone has tidied up; a run never removes it
+            self._write(os.getpid())
+            return
+        owner = _decode(content)
         if owner.get("token") != self.token:
-            raise OSError(
+            raise FolderTaken(
                 f"{self.checkpoints} has been taken by another run (process {owner.get('pid')} "
-                f"on {owner.get('host')})"
+                f"on {owner.get('place')})"
             )
+        self._has_written = True
 
     def release(self) -> None:
-        """Lets another run take the folder."""
-        if self.is_kept:
-            with contextlib.suppress(OSError):  # on a disk that has become read-only
-                (self.checkpoints / OWNER_FILE).unlink()
+        """Lets another run take the folder; one that was taken over unchanged is given back."""
+        if not is_owned(self.checkpoints, self.token):
+            return
+        with contextlib.suppress(OSError):  # on a disk that has become read-only
+            if self._former and not self._has_written:
+                write_json(self.checkpoints / OWNER_FILE, self._former)
+            else:
+                self._write(None)
 
 
 def is_owned(checkpoints: Path, token: str) -> bool:
@@ -81,28 +96,61 @@ def is_owned(checkpoints: Path, token: str) -> bool:
     return _read(checkpoints).get("token") == token
 
 
-def _refuse_live_owner(checkpoints: Path) -> None:
-    owner = _read(checkpoints)
-    host, pid, started = (owner.get(key) for key in ("host", "pid", "started"))
-    if not isinstance(host, str) or type(pid) is not int or not isinstance(started, float):
+def _judge(owner: dict[str, Any], checkpoints: Path) -> None:
+    """Refuses a folder whose owner is alive; tells of one that has not ended in order."""
+    place, pid, started = (owner.get(key) for key in ("place", "pid", "started"))
+    if not isinstance(place, str) or type(pid) is not int or not isinstance(started, float):
         return
-    if host != socket.gethostname():
-        logger.info(f"warning: {checkpoints} is taken over from a run on {host}")
+    if place == _place() and pid == os.getpid():
         return
-    try:
-        is_alive = abs(psutil.Process(pid).create_time() - started) < _CLOCK_SECONDS
-    except (psutil.Error, ValueError):
-        return
-    if is_alive and pid != os.getpid():
+    if place == _place() and _stays_alive(pid, started, checkpoints):
         raise ValueError(
             f"{checkpoints} is written by another run (process {pid}); wait until it has ended, "
             "or name another --output_dir"
         )
+    logger.info(
+        f"{checkpoints} is taken over from a run that has not ended in order (process {pid} on "
+        f"{place})"
+    )
+
+
+def _place() -> str:
+    """The host, and the name space of its processes, in which alone their numbers mean anything."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _stays_alive(pid: int, started: float, checkpoints: Path) -> bool:
+    """Whether a process is there, and not about to end: one that was killed takes its time."""
+    try:
+        process = psutil.Process(pid)
+        if abs(process.create_time() - started) > _CLOCK_SECONDS:
+            return False  # another one has its number
+        deadline, is_told = time.monotonic() + _DYING_SECONDS, False
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if not is_told:
+                logger.info(f"waiting for process {pid}, which writes to {checkpoints}, to end")
+                is_told = True
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.1)
+    except (psutil.Error, ValueError):
+        pass  # gone
+    return False
 
 
 def _read(checkpoints: Path) -> dict[str, Any]:
     try:
-        owner = json.loads((checkpoints / OWNER_FILE).read_bytes().decode())
-    except (OSError, ValueError, RecursionError):
+        return _decode((checkpoints / OWNER_FILE).read_bytes())
+    except OSError:
+        return {}
+
+
+def _decode(content: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(content.decode())
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -64,6 +64,7 @@ class CheckpointReader:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        self._cache.clear()
 
     def read_into(self, name: str, part: Slice, targets: dict[str, np.ndarray]) -> None:
         """Reads a part of a parameter.

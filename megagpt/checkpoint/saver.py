@@ -27,8 +27,8 @@ from megagpt.checkpoint.agreement import Agreement, in_words
 from megagpt.checkpoint.directory import (
     complete_steps,
     line_of_steps,
+    newest_sha256,
     publish,
-    read_latest,
     remove_leftovers,
     remove_step,
     staging_directory,
@@ -45,12 +45,13 @@ from megagpt.checkpoint.manifest import (
     TensorRecord,
     check_cover,
     optimizer_file,
+    read_links,
     tensor_key,
     weights_file,
     write_manifest,
 )
 from megagpt.checkpoint.optimizer_state import optimizer_state
-from megagpt.checkpoint.owner import Ownership, is_owned
+from megagpt.checkpoint.owner import FolderTaken, Ownership, is_owned
 from megagpt.checkpoint.parts import held_parts, owned_parts, owned_tensors
 from megagpt.checkpoint.reader import CheckpointReader
 from megagpt.checkpoint.shard_file import FileRecord, ShardWriter
@@ -64,7 +65,16 @@ _RANDOM_STATES = ("random.cpu", "random.cuda")
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written; the ones before are as they were."""
+    """A checkpoint could not be written; the ones before are as they were.
+
+    Args:
+        message: Of one line.
+        is_final: Whether no later save can succeed either.
+    """
+
+    def __init__(self, message: str, *, is_final: bool) -> None:
+        super().__init__(message)
+        self.is_final = is_final
 
 
 class Checkpointer:
@@ -106,14 +116,14 @@ class Checkpointer:
         self._owner: Ownership | None = None  # of rank 0, for all
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._previous: str | None = None
+        self._previous: str | None = None  # as in the manifest, of the next save
+        self._line: tuple[tuple[int, str], ...] = ()
         self._open_directory()
 
     def close(self) -> None:
         """Ends a save in the background, the group of its own, and the hold on the folder."""
         self.finish()
         self._agreement.close()
-        self._copy.close()
         if self._owner is not None:
             self._owner.release()
 
@@ -121,6 +131,8 @@ class Checkpointer:
         """Gives a save in the background this long to end, where training has failed."""
         if self._thread is not None:
             self._thread.join(timeout_seconds)
+            if self._thread.is_alive():
+                return  # what it has taken stays its own, until the process ends
         if self._owner is not None:
             self._owner.release()
 
@@ -132,12 +144,17 @@ class Checkpointer:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self._owner = Ownership(self.checkpoints)
                 remove_leftovers(self.checkpoints)
-            except ValueError as error:
+                self._previous = newest_sha256(self.checkpoints)
+                if not is_owned(self.checkpoints, self._owner.token):
+                    raise FolderTaken(f"{self.checkpoints} was taken by a run that started with it")
+            except FolderTaken as error:
                 problem = str(error)
             except OSError as error:
                 problem = f"{self.checkpoints} cannot be written ({error.strerror})"
-        token = self._agreement.of_rank_0(self._owner.token if self._owner else "")
-        if not problem and not is_owned(self.checkpoints, token):
+            except Exception as error:
+                problem = in_words(error)
+        self._token = self._agreement.of_rank_0(self._owner.token if self._owner else "")
+        if not problem and not is_owned(self.checkpoints, self._token):
             problem = (
                 f"{self.checkpoints.absolute()} is not the folder that rank 0 writes to; give "
                 "every rank the same --output_dir, on a file system that all hosts share"
@@ -219,6 +236,7 @@ class Checkpointer:
         self._agree(error, staging)
         files: dict[str, FileRecord] = {}
         try:
+            self._require_owned()
             files = self._write_files(staging, extras, tensors)
         except Exception as caught:
             error = caught
@@ -227,8 +245,7 @@ class Checkpointer:
         gathered = self._agreement.gather((pieces, files))
         if gathered is not None and self._owner is not None:
             try:
-                self._owner.require()
-                self._commit(state, staging, target, gathered)
+                self._commit(state, staging, target, gathered, self._owner)
             except Exception as caught:
                 error = caught
         self._agree(error, staging)
@@ -256,7 +273,12 @@ class Checkpointer:
             return {name: w.close() for name, w in zip(names, writers, strict=True)}
 
     def _commit(
-        self, state: CheckpointState, staging: Path, target: Path, gathered: list[Any]
+        self,
+        state: CheckpointState,
+        staging: Path,
+        target: Path,
+        gathered: list[Any],
+        owner: Ownership,
     ) -> None:
         pieces: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
         files: dict[str, FileRecord] = {}
@@ -279,44 +301,71 @@ class Checkpointer:
             },
             created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             previous=self._previous,
+            line=tuple(each for each in self._line if self._is_there(*each, before=state.step)),
         )
+        owner.require()
         sha256 = write_manifest(staging, manifest)
-        publish(staging, target)
-        self._previous = sha256
+        owner.require()
+        problem: OSError | None = None
         try:
+            publish(staging, target)
+        except OSError as error:
+            if staging.exists():
+                raise
+            problem = error
+        self._previous, self._line = sha256, ((state.step, sha256), *manifest.line)
+        try:
+            owner.require()
             write_latest(self.checkpoints, state.step, sha256)
         except OSError as error:
-            raise OSError(
-                f"{target} is complete, but could not be named in latest: {error}"
-            ) from None
+            problem = error
+        if problem is not None:
+            raise type(problem)(f"{target} is complete, but not named or not safe yet: {problem}")
         self._remove_old_steps(state.step)
+
+    def _is_there(self, step: int, sha256: str, *, before: int) -> bool:
+        links = read_links(step_directory(self.checkpoints, step)) if step < before else None
+        return links is not None and links.sha256 == sha256
 
     def _remove_old_steps(self, newest: int) -> None:
         """Retention; what cannot be removed is told and does not harm the save."""
         if self.config.keep_last == 0:
             return
-        steps = complete_steps(self.checkpoints)
-        for step in steps_to_remove(
-            list(line_of_steps(steps, newest)),
-            keep_last=self.config.keep_last,
-            keep_every=self.config.keep_every,
-        ):
-            try:
+        try:
+            steps = complete_steps(self.checkpoints)
+            gone = steps_to_remove(
+                list(line_of_steps(steps, newest)),
+                keep_last=self.config.keep_last,
+                keep_every=self.config.keep_every,
+            )
+            for step in gone:
                 remove_step(steps[step])
-            except OSError as error:
-                logger.warning(f"warning: {steps[step]} cannot be removed ({error.strerror})")
+        except OSError as error:
+            logger.warning(f"warning: old steps cannot be removed ({error})")
+
+    def _require_owned(self) -> None:
+        if not is_owned(self.checkpoints, self._token):
+            raise FolderTaken(f"{self.checkpoints} has been taken by another run")
 
     def _agree(self, error: Exception | None, staging: Path | None = None) -> None:
         """Raises on every rank if any has failed, so that none waits for another."""
-        problem = self._agreement.first(in_words(error))
-        if problem:
-            # What stands in a folder that another run has taken is that run's.
-            if staging is not None and self._owner is not None and self._owner.is_kept:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise SaveFailed(
-                f"checkpoint not saved ({problem}); free space or name a writable --output_dir; "
-                "earlier checkpoints are untouched"
-            ) from error
+        outcomes = self._agreement.all((in_words(error), isinstance(error, FolderTaken)))
+        if not any(problem for problem, _ in outcomes):
+            return
+        # What stands in a folder that another run has taken is that run's.
+        is_taken = any(is_taken for _, is_taken in outcomes)
+        if staging is not None and self._owner is not None and not is_taken:
+            shutil.rmtree(staging, ignore_errors=True)
+        # Where a run has lost its folder, other errors follow from that.
+        rank, (problem, _) = next(
+            (rank, each) for rank, each in enumerate(outcomes) if each[0] and each[1] == is_taken
+        )
+        remedy = "this run ends" if is_taken else "free space or name a writable --output_dir"
+        raise SaveFailed(
+            f"checkpoint not saved (rank {rank}: {problem}); {remedy}; earlier checkpoints are "
+            "untouched",
+            is_final=is_taken,
+        ) from error
 
     # --- loading
 
@@ -337,11 +386,8 @@ class Checkpointer:
             path, self._state, self._parts, agreement=self._agreement, restore=self._restore
         )
         directory, manifest = reader.directory, reader.manifest
-        if directory.parent.absolute() == self.checkpoints.absolute():
-            self._previous = manifest.sha256
-        else:
-            latest = read_latest(self.checkpoints)
-            self._previous = latest[1] if latest else None
+        if _is_same_folder(directory.parent, self.checkpoints):
+            self._line = ((manifest.state.step, manifest.sha256), *manifest.line)
         return manifest.state, directory
 
     def _restore(self, reader: CheckpointReader) -> None:
@@ -371,3 +417,10 @@ def _set_random_states(states: dict[str, np.ndarray | None]) -> None:
         torch.set_rng_state(torch.from_numpy(cpu))
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.from_numpy(cuda))
+
+
+def _is_same_folder(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except OSError:
+        return False

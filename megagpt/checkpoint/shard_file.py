@@ -84,7 +84,7 @@ class ShardWriter:
         self._expected_bytes = self._num_bytes + offset
 
     def write(self, values: np.ndarray) -> None:
-        """Appends a tensor; its memory may change when this returns."""
+        """Appends a tensor or a part of one; its memory may change when this returns."""
         data = np.ascontiguousarray(values).data.cast("B")
         for begin in range(0, len(data), BLOCK_BYTES):
             self._write(data[begin : begin + BLOCK_BYTES])
@@ -164,6 +164,11 @@ class BlockCache:
         while self._num_bytes > self._max_bytes and len(self._blocks) > 1:
             self._num_bytes -= len(self._blocks.pop(next(iter(self._blocks))))
         return found
+
+    def clear(self) -> None:
+        """Forgets them."""
+        self._blocks.clear()
+        self._num_bytes = 0
 
 
 class ShardReader:

@@ -5,8 +5,7 @@ Next file: `saver.py`.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -16,7 +15,8 @@ from megagpt.checkpoint.manifest import KINDS
 from megagpt.checkpoint.optimizer_state import OptimizerState
 from megagpt.checkpoint.parts import Part, Units, owned_tensors
 
-logger = logging.getLogger("megagpt")
+_CHUNK_ELEMENTS = 64 << 20
+"""Torch rounds pinned memory up to a power of two, which this is."""
 
 Tensors = Generator[tuple[str, Part, np.ndarray], None, None]
 """(kind, part, values); to be closed when no more is wanted."""
@@ -53,42 +53,44 @@ class HostCopy:
         self._state = state
         self._units = units
         self._is_cuda = device.type == "cuda"
-        self._buffer: torch.Tensor | None = None
+        self._chunks: list[torch.Tensor] = []
 
     def fill(self) -> None:
         """Copies the state of now."""
-        if self._buffer is None:
-            size = sum(part.piece.size for _, part in owned_tensors(self._units))
-            self._buffer = torch.empty(size, dtype=torch.float32)
-            if self._is_cuda and size:
-                self._pin(self._buffer)
+        if not self._chunks:
+            self._chunks = self._allocate()
         position = 0
         with closing(_live_views(self._state, self._units)) as views:
             for _, _, values in views:
-                target = self._buffer[position : position + values.numel()]
-                target.copy_(values, non_blocking=True)
-                position += values.numel()
+                for target in self._at(position, values.numel()):
+                    source, values = values[: target.numel()], values[target.numel() :]
+                    target.copy_(source, non_blocking=True)
+                    position += target.numel()
         if self._is_cuda:
             torch.cuda.synchronize()
 
-    @staticmethod
-    def _pin(buffer: torch.Tensor) -> None:
-        # Memory that torch pins itself is rounded up to a power of two.
-        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-        if int(status):
-            logger.info(f"warning: memory for async_save is not pinned ({status}), so it is slow")
-
     def tensors(self) -> Tensors:
-        """What was copied."""
-        assert self._buffer is not None
+        """What was copied; a tensor may come in several parts."""
         position = 0
         for kind, part in owned_tensors(self._units):
-            size = part.piece.size
-            yield kind, part, self._buffer[position : position + size].numpy()
-            position += size
+            for values in self._at(position, part.piece.size):
+                yield kind, part, values.numpy()
+            position += part.piece.size
 
-    def close(self) -> None:
-        """Frees the memory."""
-        if self._buffer is not None and self._is_cuda:
-            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
-        self._buffer = None
+    def _allocate(self) -> list[torch.Tensor]:
+        """Pinned, where a device copies to it by itself."""
+        left = sum(part.piece.size for _, part in owned_tensors(self._units))
+        chunks = []
+        while left:
+            size = min(left, _CHUNK_ELEMENTS)
+            chunks.append(torch.empty(size, dtype=torch.float32, pin_memory=self._is_cuda))
+            left -= size
+        return chunks
+
+    def _at(self, position: int, size: int) -> Iterator[torch.Tensor]:
+        """The memory of so many elements, in one part for each chunk that they lie in."""
+        while size:
+            number, offset = divmod(position, _CHUNK_ELEMENTS)
+            found = self._chunks[number][offset : offset + size]
+            yield found
+            position, size = position + found.numel(), size - found.numel()

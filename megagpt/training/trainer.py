@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -218,21 +219,16 @@ class Trainer:
             f"{config.batch.global_batch_size * config.model.seq_length:,} | ranks: "
             f"{self._layout_words()} | precision: {config.training.precision}"
         )
-        metrics = MetricLogger(
-            self.run_directory / "tensorboard",
-            rank=self.world.rank,
-            train_steps=config.training.train_steps,
-            step=self.state.step,
-            consumed_samples=self.state.consumed_samples,
-        )
-        metrics.text("resolved configuration", self.table)
-        try:
-            with StopSignal() as stop_signal:
-                summary = self._train(metrics, stop_signal, on_step)
-        except BaseException:
-            # The last save may still be on its way to the disk.
-            self.checkpointer.abandon(_ABANDON_SECONDS)
-            raise
+        with self._abandoning_on_error(), StopSignal() as stop_signal:
+            metrics = MetricLogger(
+                self.run_directory / "tensorboard",
+                rank=self.world.rank,
+                train_steps=config.training.train_steps,
+                step=self.state.step,
+                consumed_samples=self.state.consumed_samples,
+            )
+            metrics.text("resolved configuration", self.table)
+            summary = self._train(metrics, stop_signal, on_step)
         metrics.close()
         self.checkpointer.close()
         self.batches.close()
@@ -264,7 +260,17 @@ class Trainer:
             config=config.checkpoint,
         )
         if self.load_path is not None:
-            self._resume()
+            with self._abandoning_on_error():
+                self._resume()
+
+    @contextmanager
+    def _abandoning_on_error(self) -> Iterator[None]:
+        """Gives up the checkpoints; the last save may still be on its way to the disk."""
+        try:
+            yield
+        except BaseException:
+            self.checkpointer.abandon(_ABANDON_SECONDS)
+            raise
 
     def _train(
         self,
@@ -371,7 +377,7 @@ class Trainer:
             self._save_failed(error, is_last=False)
 
     def _save_failed(self, error: SaveFailed, *, is_last: bool) -> None:
-        if is_last or self.config.checkpoint.on_save_error == "stop":
+        if is_last or error.is_final or self.config.checkpoint.on_save_error == "stop":
             raise error
         logger.info(f"warning: {error}; training goes on (checkpoint.on_save_error=continue)")
 

@@ -166,7 +166,7 @@ def test_save_that_fails_leaves_state_on_nvme_in_order(tmp_path, async_io):
     outcomes = run_distributed(failing_save, 2, prepare_data(tmp_path), tmp_path)
     for (straight_curve, curve), saved in outcomes:
         assert len(curve) == 5 and curve == straight_curve
-        assert saved == ["latest", "step_00000001", "step_00000004", "step_00000005"]
+        assert saved == [".owner", "latest", "step_00000001", "step_00000004", "step_00000005"]
 
 
 @pytest.fixture(scope="module")

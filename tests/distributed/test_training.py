@@ -3,12 +3,16 @@
 The ranks start once and run all cells; each cell is a real run with its own folder.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,7 +161,7 @@ def test_a_run_folder_holds_what_the_docs_say(curves):
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["step"] == STEPS and summary["validation_loss"] > 0
     steps = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert steps == ["latest", f"step_{STEPS:08d}"]
+    assert steps == [".owner", "latest", f"step_{STEPS:08d}"]
 
 
 def weights_sha256(weights):
@@ -283,8 +287,8 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_harms_nothing
     def left(name):
         return sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir())
 
-    assert left("stop_false") == ["latest", "step_00000002"]
-    saved = ["latest", "step_00000002", "step_00000006", "step_00000008"]
+    assert left("stop_false") == [".owner", "latest", "step_00000002"]
+    saved = [".owner", "latest", "step_00000002", "step_00000006", "step_00000008"]
     assert left("continue_false") == left("continue_true") == saved
 
 
@@ -331,6 +335,39 @@ def test_the_same_script_runs_under_python_torchrun_and_deepspeed(data, tmp_path
         losses[name] = final_loss(output_dir)
     assert losses["torchrun"] == losses["deepspeed"]
     assert math.isclose(losses["python"], losses["torchrun"], rel_tol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_docs_tells_ranks_to_stop_and_not_the_launchers(data, tmp_path):
+    page = (ROOT / "docs/checkpoints.md").read_text()
+    pkill = shlex.split(next(line for line in page.splitlines() if line.startswith("pkill ")))
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    words = [*script_arguments(data, tmp_path / "run"), "--training.train_steps", "100000"]
+    words[0] = str(Path(words[0]).relative_to(ROOT))  # as a user writes it
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        launcher = subprocess.Popen(
+            [*deepspeed, "--master_port", free_port(), *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "iteration " not in log.read_text():
+            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        # Of this session alone, for another run may be at work on this machine.
+        subprocess.run([*pkill[:1], "-s", str(launcher.pid), *pkill[1:]], check=True)
+        assert launcher.wait(timeout=60) == 75
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    assert "a signal to stop was received" in log.read_text()
+    assert (tmp_path / "run/checkpoints/latest").is_file()
 
 
 def free_port():

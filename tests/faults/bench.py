@@ -29,6 +29,7 @@ from megagpt.checkpoint.directory import (
     newest_readable,
 )
 from megagpt.checkpoint.manifest import KINDS
+from megagpt.checkpoint.owner import OWNER_FILE
 from megagpt.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megagpt.testing.corpus import byte_corpus
 
@@ -194,7 +195,7 @@ def clutter(run: Path) -> list[str]:
     """What lies beside the complete steps of a run."""
     complete = {path.name for path in complete_steps(run / "checkpoints").values()}
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    return sorted(names - complete - {LATEST_FILE})
+    return sorted(names - complete - {LATEST_FILE, OWNER_FILE})
 
 
 # --- mounts

@@ -416,8 +416,12 @@ def two_runs(bench: Bench, findings: Findings) -> str:
     words = (*AUTO, *EVERY_STEP, "--training.exit_step")
     with bench.ranks(run, *words, "40") as first:
         first.until("successfully saved checkpoint at iteration       5")
+        for rank in (0, 1):
+            first.signal(rank, signal.SIGSTOP)  # else it ends while the second waits for that
         with bench.ranks(run, *words, "40") as second:
-            codes = second.wait()
+            codes = second.wait(90)
+        for rank in (0, 1):
+            first.signal(rank, signal.SIGCONT)
         line = findings.ended_by_one_line(second, codes, "written by another run", "same host")
         findings.check(first.wait() == [0, 0], f"same host: the first failed: {first.errors()}")
     step = check_intact(findings, run, bench.reference, "same host")
@@ -428,10 +432,10 @@ def two_runs(bench: Bench, findings: Findings) -> str:
         for rank in (0, 1):
             first.signal(rank, signal.SIGSTOP)
         owner = run / "checkpoints" / OWNER_FILE
-        owner.write_text(json.dumps(json.loads(owner.read_text()) | {"host": "elsewhere"}))
+        owner.write_text(json.dumps(json.loads(owner.read_text()) | {"place": "elsewhere"}))
         with bench.ranks(run, *words, "20") as second:
             findings.check(second.wait() == [0, 0], f"cut off: not taken over: {second.errors()}")
-        findings.check("taken over from a run on elsewhere" in second.output(0), "not said")
+        findings.check("on elsewhere)" in second.output(0), "not said")
         for rank in (0, 1):
             first.signal(rank, signal.SIGCONT)
         codes = first.wait()

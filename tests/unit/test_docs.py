@@ -59,6 +59,8 @@ def test_command_exists_and_takes_its_flags(command, tmp_path, monkeypatch):
     if program == "pip":
         installed("pip")
         return
+    if program == "pkill":
+        return  # tried by tests/distributed/test_training.py
     if not scripts:
         assert set(flags_in(command[1:])) <= flags_of(program)
         return

@@ -54,7 +54,7 @@ def make_state(step=10, **fields):
 
 
 def write_checkpoint(
-    checkpoints, step=10, *, tp_size=1, dp_size=1, values=None, previous=None, **fields
+    checkpoints, step=10, *, tp_size=1, dp_size=1, values=None, previous=None, line=(), **fields
 ):
     """Writes a step as the ranks of a layout would; returns its folder."""
     values = make_values() if values is None else values
@@ -96,6 +96,7 @@ def write_checkpoint(
             versions={"megagpt": "0"},
             created="2030-01-01T00:00:00+00:00",
             previous=previous,
+            line=line,
         ),
     )
     return directory

@@ -12,7 +12,9 @@ from megagpt.checkpoint.directory import (
     complete_steps,
     find_checkpoint,
     find_checkpoints,
+    line_of_steps,
     newest_readable,
+    newest_sha256,
     publish,
     read_latest,
     remove_leftovers,
@@ -32,17 +34,21 @@ class Run:
         self.checkpoints = root / "checkpoints"
         self.write_checkpoint = write_checkpoint
         self.previous = None
+        self.line = ()
         self.num_resumes = 0
 
     def resume(self, step):
         self.num_resumes += 1  # a step that is saved anew is another one
-        self.previous = read_manifest(step_directory(self.checkpoints, step)).sha256
+        self.previous = newest_sha256(self.checkpoints)
+        manifest = read_manifest(step_directory(self.checkpoints, step))
+        self.line = ((step, manifest.sha256), *manifest.line)
 
     def stage(self, step):
         written = self.write_checkpoint(
             self.checkpoints / "elsewhere",
             step,
             previous=self.previous,
+            line=self.line,
             tokenizer_sha256=str(self.num_resumes),
         )
         staging = staging_directory(step_directory(self.checkpoints, step))
@@ -53,6 +59,7 @@ class Run:
         target = step_directory(self.checkpoints, step)
         publish(self.stage(step), target)
         self.previous = read_manifest(target).sha256
+        self.line = ((step, self.previous), *self.line)
         if is_named:
             write_latest(self.checkpoints, step, self.previous)
 
@@ -182,23 +189,42 @@ def test_steps_of_a_line_that_was_left_are_passed_over(steps):
     assert steps.found() == [45, 25, 10]
 
 
-def test_where_the_line_breaks_the_next_lower_step_is_taken(steps):
+def test_line_goes_on_over_steps_that_are_gone_or_damaged(steps):
     for step in (40, 50, 60):
         steps.save(step)
     shutil.rmtree(step_directory(steps.checkpoints, 50))  # as retention does
     assert steps.found() == [60, 40, 30, 20, 10]
-    manifest = step_directory(steps.checkpoints, 30) / MANIFEST_FILE
-    manifest.write_bytes(b"")
-    assert steps.found() == [60, 40, 30, 20, 10]
+    (step_directory(steps.checkpoints, 30) / MANIFEST_FILE).write_bytes(b"")
+    assert steps.found() == [60, 40, 20, 10]
     steps.resume(20)
     steps.save(70)
     assert steps.found() == [70, 20, 10]
+    steps.save(40)  # anew, so that what 60 names is gone
+    steps.resume(60)
+    steps.save(80)
+    assert steps.found() == [80, 60, 20, 10]
 
 
-def test_a_step_that_follows_a_higher_one_falls_back_below_itself(steps):
-    # Resumed from another folder, a run's first save names the newest step that was there.
-    steps.save(15)
-    assert steps.found() == [15, 10]
+def test_where_the_newest_says_nothing_the_next_lower_step_stands_for_it(steps):
+    steps.resume(10)
+    steps.save(25)
+    (step_directory(steps.checkpoints, 25) / MANIFEST_FILE).write_bytes(b"")
+    assert steps.found() == [25, 20, 10]
+
+
+def test_first_step_of_a_run_from_another_folder_has_no_step_before_it(steps):
+    steps.line = ()
+    steps.save(40)
+    assert steps.found() == [40]
+    steps.save(50)
+    assert steps.found() == [50, 40]
+
+
+@pytest.mark.parametrize("step", [15, 30, 35])
+def test_first_step_of_a_new_line_that_a_kill_left_unnamed_is_found(steps, step):
+    steps.resume(10)
+    steps.save(step, is_named=False)
+    assert steps.found() == [step, 10]
 
 
 def test_step_that_a_kill_left_unnamed_is_the_newest(steps):
@@ -348,6 +374,16 @@ def test_kill_within_a_removal_leaves_all_of_a_step_or_none(steps, monkeypatch, 
 )
 def test_retention(line, keep_last, keep_every, expected):
     assert steps_to_remove(line, keep_last=keep_last, keep_every=keep_every) == expected
+
+
+def test_retention_never_takes_a_step_of_another_line(steps):
+    steps.resume(20)
+    for step in (25, 35, 45, 55):
+        steps.save(step)
+        left = complete_steps(steps.checkpoints)
+        for gone in steps_to_remove(list(line_of_steps(left, step)), keep_last=2, keep_every=0):
+            remove_step(left[gone])
+    assert list(complete_steps(steps.checkpoints)) == [30, 45, 55]
 
 
 def test_step_under_its_replaced_name_is_removed_without_a_trace(steps):

@@ -41,6 +41,7 @@ def manifest(make_state):
         versions={"megagpt": "0.1", "torch": "2"},
         created="2030-01-01T00:00:00+00:00",
         previous="12" * 32,
+        line=((8, "34" * 32), (4, "56" * 32)),
     )
 
 
@@ -58,17 +59,17 @@ def test_round_trip_gives_every_field_back(tmp_path, manifest):
 
 def test_links_are_read_from_the_first_lines_alone(tmp_path, manifest):
     digest = write_manifest(tmp_path, manifest)
-    assert read_links(tmp_path) == (digest, "12" * 32)
+    assert read_links(tmp_path) == (digest, manifest.previous, manifest.line)
     path = tmp_path / MANIFEST_FILE
-    path.write_bytes(path.read_bytes()[:600])
-    assert read_links(tmp_path) == (digest, "12" * 32)
-    digest = write_manifest(tmp_path, dataclasses.replace(manifest, previous=None))
-    assert read_links(tmp_path) == (digest, None)
-    for content in (b"", b"\xff" * 9, b'{"sha256": "00"}'):
+    path.write_bytes(path.read_bytes()[:800])
+    assert read_links(tmp_path) == (digest, manifest.previous, manifest.line)
+    digest = write_manifest(tmp_path, dataclasses.replace(manifest, previous=None, line=()))
+    assert read_links(tmp_path) == (digest, None, ())
+    for content in (b"", b"\xff" * 9, b'{"sha256": "00"}', b"{}\n" * 9, b"[" * 100_000):
         path.write_bytes(content)
-        assert read_links(tmp_path) == ("", None)
+        assert read_links(tmp_path) is None
     path.unlink()
-    assert read_links(tmp_path) == ("", None)
+    assert read_links(tmp_path) is None
 
 
 def test_hash_is_that_of_the_text_with_zeros_in_its_place(tmp_path, manifest):
@@ -181,7 +182,9 @@ def test_values_that_no_writer_makes_are_refused_in_one_line(
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["tensors", "files", "state", "layout", "versions", "previous"])
+@pytest.mark.parametrize(
+    "key", ["tensors", "files", "state", "layout", "versions", "previous", "line"]
+)
 def test_missing_key_is_damage(tmp_path, manifest, seal_manifest, key):
     write_manifest(tmp_path, manifest)
     values = values_of(tmp_path)

@@ -213,7 +213,7 @@ class _Payload:
 def test_pickle_in_the_place_of_a_shard_is_refused_and_not_run(
     step, make_values, seal_manifest, tmp_path, is_consistent
 ):
-    content = pickle.dumps([_Payload(tmp_path / "ran"), bytes(300)])
+    content = pickle.dumps([_Payload(tmp_path / "ran"), bytes(9000)])
     (step / "weights-00000.safetensors").write_bytes(content)
     if is_consistent:
         values = json.loads((step / MANIFEST_FILE).read_text())
