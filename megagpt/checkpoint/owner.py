@@ -68,16 +68,9 @@ class Ownership:
             OSError: If that cannot be read.
         """
         try:
-            content = (self.checkpoints / OWNER_FILE).read_bytes()
+            require_owner(self.checkpoints, self.token)
         except FileNotFoundError:  # someone has tidied up; a run never removes it
             self._write(os.getpid())
-            return
-        owner = _decode(content)
-        if owner.get("token") != self.token:
-            raise FolderTaken(
-                f"{self.checkpoints} has been taken by another run (process {owner.get('pid')} "
-                f"on {owner.get('place')})"
-            )
         self._has_written = True
 
     def release(self) -> None:
@@ -94,6 +87,21 @@ class Ownership:
 def is_owned(checkpoints: Path, token: str) -> bool:
     """Whether a folder is the one that the run of a token has taken."""
     return _read(checkpoints).get("token") == token
+
+
+def require_owner(checkpoints: Path, token: str) -> None:
+    """Checks that a folder is the one that the run of a token has taken.
+
+    Raises:
+        FolderTaken: If another run has taken it.
+        OSError: If that cannot be read.
+    """
+    owner = _decode((checkpoints / OWNER_FILE).read_bytes())
+    if owner.get("token") != token:
+        raise FolderTaken(
+            f"{checkpoints} has been taken by another run (process {owner.get('pid')} on "
+            f"{owner.get('place')})"
+        )
 
 
 def _judge(owner: dict[str, Any], checkpoints: Path) -> None:

@@ -51,7 +51,7 @@ from megagpt.checkpoint.manifest import (
     write_manifest,
 )
 from megagpt.checkpoint.optimizer_state import optimizer_state
-from megagpt.checkpoint.owner import FolderTaken, Ownership, is_owned
+from megagpt.checkpoint.owner import FolderTaken, Ownership, is_owned, require_owner
 from megagpt.checkpoint.parts import held_parts, owned_parts, owned_tensors
 from megagpt.checkpoint.reader import CheckpointReader
 from megagpt.checkpoint.shard_file import FileRecord, ShardWriter
@@ -236,7 +236,7 @@ class Checkpointer:
         self._agree(error, staging)
         files: dict[str, FileRecord] = {}
         try:
-            self._require_owned()
+            require_owner(self.checkpoints, self._token)
             files = self._write_files(staging, extras, tensors)
         except Exception as caught:
             error = caught
@@ -343,19 +343,16 @@ class Checkpointer:
         except OSError as error:
             logger.warning(f"warning: old steps cannot be removed ({error})")
 
-    def _require_owned(self) -> None:
-        if not is_owned(self.checkpoints, self._token):
-            raise FolderTaken(f"{self.checkpoints} has been taken by another run")
-
     def _agree(self, error: Exception | None, staging: Path | None = None) -> None:
         """Raises on every rank if any has failed, so that none waits for another."""
         outcomes = self._agreement.all((in_words(error), isinstance(error, FolderTaken)))
         if not any(problem for problem, _ in outcomes):
             return
         # What stands in a folder that another run has taken is that run's.
-        is_taken = any(is_taken for _, is_taken in outcomes)
-        if staging is not None and self._owner is not None and not is_taken:
+        is_own = self._owner is not None and is_owned(self.checkpoints, self._token)
+        if staging is not None and is_own:
             shutil.rmtree(staging, ignore_errors=True)
+        is_taken = any(is_taken for _, is_taken in outcomes)
         # Where a run has lost its folder, other errors follow from that.
         rank, (problem, _) = next(
             (rank, each) for rank, each in enumerate(outcomes) if each[0] and each[1] == is_taken
