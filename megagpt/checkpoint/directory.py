@@ -137,27 +137,28 @@ def newest_sha256(checkpoints: Path) -> str | None:
     """Hash of the manifest of the step that was saved last; None if there is none to read."""
     steps = complete_steps(checkpoints)
     links = read_links(steps[_newest(checkpoints, steps)]) if steps else None
-    return links.sha256 if links else None
+    named = read_latest(checkpoints)
+    return links.sha256 if links else named and named[1]
 
 
 def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
     """The step that `latest` names, or one that was saved after it."""
-    named = read_latest(checkpoints)
-    if named is None or named[0] not in steps:
-        return max(steps)
-    step, sha256 = named
-    links = {s: found for s in steps if (found := read_links(steps[s])) is not None}
-    if step in links and links[step].sha256 != sha256:
-        # The name is damaged, and the hash tells the step; or the step was written anew, and
-        # `latest` was not.
-        step = next((s for s in links if links[s].sha256 == sha256), step)
-        sha256 = links[step].sha256
+    links = {step: found for step in steps if (found := read_links(steps[step])) is not None}
+    by_hash = {found.sha256: step for step, found in links.items()}
+    later = {found.previous: step for step, found in links.items()}
+    named, sha256 = read_latest(checkpoints) or (None, None)
+    newest = by_hash.get(sha256, later.get(sha256)) if sha256 else None
+    if newest is None and named in steps:
+        newest = named  # its manifest cannot be read
+    if newest is None:
+        # Nothing names one.
+        newest = max(links, key=lambda step: (links[step].created, step), default=max(steps))
     # Between the rename of a step and the writing of `latest` a kill leaves one step unnamed.
-    later = {found.previous: s for s, found in links.items()}
-    while sha256 in later:
-        step = later[sha256]
-        sha256 = links[step].sha256
-    return step
+    following: int | None = newest
+    while following is not None:
+        newest = following
+        following = later.pop(links[newest].sha256, None) if newest in links else None
+    return newest
 
 
 def read_latest(checkpoints: Path) -> tuple[int, str] | None:

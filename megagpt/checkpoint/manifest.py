@@ -179,6 +179,7 @@ class Links(NamedTuple):
     """How a manifest names itself and others of its folder; see `CheckpointManifest`."""
 
     sha256: str
+    created: str
     previous: str | None
     line: tuple[tuple[int, str], ...]
 
@@ -195,7 +196,8 @@ def read_links(directory: Path) -> Links | None:
                 text = file.readline(_MAX_LINE_BYTES).decode().strip("{, \n")
                 values |= json.loads(f"{{{text}}}")
         line = tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"])
-        return Links(str(values["sha256"]), values["previous"], line)
+        previous = None if values["previous"] is None else str(values["previous"])
+        return Links(str(values["sha256"]), str(values["created"]), previous, line)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

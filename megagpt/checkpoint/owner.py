@@ -50,6 +50,7 @@ class Ownership:
     def __init__(self, checkpoints: Path) -> None:
         self.checkpoints = checkpoints
         self.token = secrets.token_hex(8)
+        self._inode = checkpoints.stat().st_ino
         self._former = _read(checkpoints)
         self._has_written = False
         _judge(self._former, checkpoints)
@@ -58,6 +59,7 @@ class Ownership:
     def _write(self, pid: int | None) -> None:
         started = psutil.Process().create_time()
         owner = {"token": self.token, "place": _place(), "pid": pid, "started": started}
+        owner["inode"] = self._inode
         write_json(self.checkpoints / OWNER_FILE, owner)
 
     def require(self) -> None:
@@ -69,8 +71,12 @@ class Ownership:
         """
         try:
             require_owner(self.checkpoints, self.token)
-        except FileNotFoundError:  # someone has tidied up; a run never removes it
-            self._write(os.getpid())
+        except FileNotFoundError:
+            if self.checkpoints.stat().st_ino != self._inode:
+                raise OSError(
+                    f"{self.checkpoints} is not the folder that it was; is it still mounted?"
+                ) from None
+            self._write(os.getpid())  # someone has tidied up; a run never removes it
         self._has_written = True
 
     def release(self) -> None:
@@ -97,11 +103,10 @@ def require_owner(checkpoints: Path, token: str) -> None:
         OSError: If that cannot be read.
     """
     owner = _decode((checkpoints / OWNER_FILE).read_bytes())
-    if owner.get("token") != token:
-        raise FolderTaken(
-            f"{checkpoints} has been taken by another run (process {owner.get('pid')} on "
-            f"{owner.get('place')})"
-        )
+    if "token" not in owner:
+        raise OSError(f"{checkpoints / OWNER_FILE} is damaged; remove it")
+    if owner["token"] != token:
+        raise FolderTaken(f"{checkpoints} has been taken by another run, on {owner.get('place')}")
 
 
 def _judge(owner: dict[str, Any], checkpoints: Path) -> None:
@@ -109,6 +114,8 @@ def _judge(owner: dict[str, Any], checkpoints: Path) -> None:
     place, pid, started = (owner.get(key) for key in ("place", "pid", "started"))
     if not isinstance(place, str) or type(pid) is not int or not isinstance(started, float):
         return
+    if owner.get("inode") != checkpoints.stat().st_ino:
+        return  # it came with a copy of another folder
     if place == _place() and pid == os.getpid():
         return
     if place == _place() and _stays_alive(pid, started, checkpoints):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import platform
 import shutil
 import threading
@@ -25,8 +26,6 @@ import torch
 from megagpt import __version__
 from megagpt.checkpoint.agreement import Agreement, in_words
 from megagpt.checkpoint.directory import (
-    complete_steps,
-    line_of_steps,
     newest_sha256,
     publish,
     remove_leftovers,
@@ -143,7 +142,6 @@ class Checkpointer:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 self._owner = Ownership(self.checkpoints)
-                remove_leftovers(self.checkpoints)
                 self._previous = newest_sha256(self.checkpoints)
                 if not is_owned(self.checkpoints, self._owner.token):
                     raise FolderTaken(f"{self.checkpoints} was taken by a run that started with it")
@@ -229,8 +227,8 @@ class Checkpointer:
         if self._owner is not None:
             try:
                 self._owner.require()
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
+                remove_leftovers(self.checkpoints)
+                staging.mkdir()
             except OSError as caught:
                 error = caught
         self._agree(error, staging)
@@ -301,7 +299,7 @@ class Checkpointer:
             },
             created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             previous=self._previous,
-            line=tuple(each for each in self._line if self._is_there(*each, before=state.step)),
+            line=tuple(each for each in self._line if not self._is_gone(*each, state.step)),
         )
         owner.require()
         sha256 = write_manifest(staging, manifest)
@@ -321,27 +319,28 @@ class Checkpointer:
             problem = error
         if problem is not None:
             raise type(problem)(f"{target} is complete, but not named or not safe yet: {problem}")
-        self._remove_old_steps(state.step)
+        self._remove_old_steps(owner)
 
-    def _is_there(self, step: int, sha256: str, *, before: int) -> bool:
-        links = read_links(step_directory(self.checkpoints, step)) if step < before else None
-        return links is not None and links.sha256 == sha256
+    def _is_gone(self, step: int, sha256: str, next_step: int) -> bool:
+        """Whether another has its place, or will have; what cannot be read now may come back."""
+        directory = step_directory(self.checkpoints, step)
+        links = read_links(directory)
+        is_other = links is not None and links.sha256 != sha256
+        return is_other or step >= next_step or not os.path.lexists(directory)
 
-    def _remove_old_steps(self, newest: int) -> None:
+    def _remove_old_steps(self, owner: Ownership) -> None:
         """Retention; what cannot be removed is told and does not harm the save."""
-        if self.config.keep_last == 0:
-            return
-        try:
-            steps = complete_steps(self.checkpoints)
-            gone = steps_to_remove(
-                list(line_of_steps(steps, newest)),
-                keep_last=self.config.keep_last,
-                keep_every=self.config.keep_every,
-            )
-            for step in gone:
-                remove_step(steps[step])
-        except OSError as error:
-            logger.warning(f"warning: old steps cannot be removed ({error})")
+        keep_last, keep_every = self.config.keep_last, self.config.keep_every
+        line = dict(self._line)
+        for step in steps_to_remove(list(line), keep_last=keep_last, keep_every=keep_every):
+            directory = step_directory(self.checkpoints, step)
+            links = read_links(directory)
+            try:
+                if links is not None and links.sha256 == line[step]:
+                    owner.require()
+                    remove_step(directory)
+            except OSError as error:
+                logger.warning(f"warning: {directory} cannot be removed ({error})")
 
     def _agree(self, error: Exception | None, staging: Path | None = None) -> None:
         """Raises on every rank if any has failed, so that none waits for another."""

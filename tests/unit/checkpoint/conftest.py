@@ -25,6 +25,7 @@ from megagpt.checkpoint.shard_file import ShardWriter
 from megagpt.checkpoint.slices import local_slice
 from megagpt.config.schema import Config, ModelConfig
 
+CREATED = "2030-01-01T00:00:00+00:00"
 CONFIG = Config(model=ModelConfig(vocab_size=13))
 SHAPES = {"embedding.weight": (13, 8), "mlp.weight": (6, 12), "norm.weight": (7,)}
 TP_DIMS = {"embedding.weight": 0, "mlp.weight": 1, "norm.weight": None}
@@ -54,7 +55,16 @@ def make_state(step=10, **fields):
 
 
 def write_checkpoint(
-    checkpoints, step=10, *, tp_size=1, dp_size=1, values=None, previous=None, line=(), **fields
+    checkpoints,
+    step=10,
+    *,
+    tp_size=1,
+    dp_size=1,
+    values=None,
+    previous=None,
+    line=(),
+    created=CREATED,
+    **fields,
 ):
     """Writes a step as the ranks of a layout would; returns its folder."""
     values = make_values() if values is None else values
@@ -94,7 +104,7 @@ def write_checkpoint(
             tensors=records,
             files=files,
             versions={"megagpt": "0"},
-            created="2030-01-01T00:00:00+00:00",
+            created=created,
             previous=previous,
             line=line,
         ),

@@ -35,6 +35,7 @@ class Run:
         self.write_checkpoint = write_checkpoint
         self.previous = None
         self.line = ()
+        self.num_saves = 0
         self.num_resumes = 0
 
     def resume(self, step):
@@ -49,6 +50,7 @@ class Run:
             step,
             previous=self.previous,
             line=self.line,
+            created=f"2030-01-01T00:00:{self.num_saves:02d}.000+00:00",
             tokenizer_sha256=str(self.num_resumes),
         )
         staging = staging_directory(step_directory(self.checkpoints, step))
@@ -56,6 +58,7 @@ class Run:
         return staging
 
     def save(self, step, *, is_named=True):
+        self.num_saves += 1
         target = step_directory(self.checkpoints, step)
         publish(self.stage(step), target)
         self.previous = read_manifest(target).sha256
@@ -138,7 +141,7 @@ def content(text):
     return write
 
 
-@pytest.mark.parametrize(
+whatever_latest_is = pytest.mark.parametrize(
     "change",
     [
         *(absent, another_name, incomplete, link, dangling, folder),
@@ -146,10 +149,46 @@ def content(text):
         *map(content, [b"[" * 100_000, b'{"step": null, "sha256": null}']),
     ],
 )
+
+
+@whatever_latest_is
 def test_newest_is_found_whatever_latest_is(steps, change):
     change(steps.checkpoints / LATEST_FILE)
     assert steps.found() == [30, 20, 10]
     assert newest_readable(steps.checkpoints).state.step == 30
+
+
+@whatever_latest_is
+def test_newest_of_a_run_that_went_back_is_found_too(steps, change):
+    steps.resume(10)
+    steps.save(20)
+    change(steps.checkpoints / LATEST_FILE)
+    assert steps.found() == [20, 10]  # not 30, which has a higher number
+
+
+def test_step_after_one_that_latest_names_and_is_gone_is_the_newest(steps):
+    steps.resume(10)
+    steps.save(20)
+    steps.save(25, is_named=False)
+    shutil.rmtree(step_directory(steps.checkpoints, 20))
+    assert steps.found() == [25, 10]
+
+
+def test_manifests_that_name_each_other_do_no_harm(steps):
+    for step, links in ((40, ("cd", "ef")), (50, ("ef", "cd")), (60, ("ef", "ef"))):
+        folder = step_directory(steps.checkpoints, step)
+        folder.mkdir()
+        own, previous = (2 * each * 16 for each in links)
+        head = (f'"sha256": "{own}"', '"created": "9"', f'"previous": "{previous}"', '"line": []')
+        (folder / MANIFEST_FILE).write_text("{\n " + ",\n ".join(head) + ",\n")
+    assert steps.found()[0] == 30
+    for step, previous in ((40, "[]"), (50, "{}"), (60, "5")):
+        head = ('"sha256": []', '"created": 9', f'"previous": {previous}', '"line": [[1, 2]]')
+        folder = step_directory(steps.checkpoints, step)
+        (folder / MANIFEST_FILE).write_text("{\n " + ",\n ".join(head) + ",\n")
+    assert steps.found()[0] == 30
+    write_latest(steps.checkpoints, 40, "ef" * 32)
+    assert steps.found()[0] == 40
 
 
 def test_latest_is_told_as_written(steps):

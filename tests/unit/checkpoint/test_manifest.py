@@ -59,12 +59,13 @@ def test_round_trip_gives_every_field_back(tmp_path, manifest):
 
 def test_links_are_read_from_the_first_lines_alone(tmp_path, manifest):
     digest = write_manifest(tmp_path, manifest)
-    assert read_links(tmp_path) == (digest, manifest.previous, manifest.line)
+    expected = (digest, manifest.created, manifest.previous, manifest.line)
+    assert read_links(tmp_path) == expected
     path = tmp_path / MANIFEST_FILE
     path.write_bytes(path.read_bytes()[:800])
-    assert read_links(tmp_path) == (digest, manifest.previous, manifest.line)
+    assert read_links(tmp_path) == expected
     digest = write_manifest(tmp_path, dataclasses.replace(manifest, previous=None, line=()))
-    assert read_links(tmp_path) == (digest, None, ())
+    assert read_links(tmp_path) == (digest, manifest.created, None, ())
     for content in (b"", b"\xff" * 9, b'{"sha256": "00"}', b"{}\n" * 9, b"[" * 100_000):
         path.write_bytes(content)
         assert read_links(tmp_path) is None

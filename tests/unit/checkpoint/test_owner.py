@@ -1,8 +1,9 @@
 """One run at a time writes to a folder of checkpoints, and none keeps it after its end."""
 
 import json
-import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -73,7 +74,7 @@ def test_a_run_of_another_host_is_taken_over_and_learns_of_it(tmp_path):
     first.require()
     second = Ownership(tmp_path)
     second.require()
-    with pytest.raises(FolderTaken, match=rf"taken by another run \(process {os.getpid()} on "):
+    with pytest.raises(FolderTaken, match=rf"taken by another run, on {socket.gethostname()}"):
         first.require()
     first.release()
     second.require()
@@ -94,6 +95,30 @@ def test_a_file_that_someone_removed_is_written_again(tmp_path):
     (tmp_path / OWNER_FILE).unlink()
     owner.require()
     assert is_owned(tmp_path, owner.token)
+
+
+def test_a_folder_that_is_no_longer_mounted_is_not_written(tmp_path):
+    (tmp_path / "mounted").mkdir()
+    owner = Ownership(tmp_path / "mounted")
+    owner.require()
+    (tmp_path / "mounted").rename(tmp_path / "elsewhere")
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(OSError, match="is it still mounted"):
+        owner.require()
+    assert not list((tmp_path / "mounted").iterdir())
+
+
+def test_a_copied_folder_does_not_belong_to_the_owner_of_the_first(tmp_path, other):
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    Ownership(tmp_path / "copy").require()
+
+
+def test_a_damaged_file_is_told_and_not_taken_for_another_run(tmp_path):
+    owner = Ownership(tmp_path)
+    (tmp_path / OWNER_FILE).write_bytes(b"\xff")
+    with pytest.raises(OSError, match="is damaged; remove it") as caught:
+        owner.require()
+    assert not isinstance(caught.value, FolderTaken)
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_another_run(tmp_path):
