@@ -4,6 +4,7 @@ The ranks start once and run all cells; each cell is a real run with its own fol
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -290,6 +291,49 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_harms_nothing
     assert left("stop_false") == [".owner", "latest", "step_00000002"]
     saved = [".owner", "latest", "step_00000002", "step_00000006", "step_00000008"]
     assert left("continue_false") == left("continue_true") == saved
+
+
+def disagreeing_load_cell(rank, world_size, data, root):
+    """Resumes in which rank 1 meets a fault of ours, or reads another manifest than rank 0."""
+    from megagpt.checkpoint import loader, reader
+
+    folder, outcome = Path(root) / "run", {}
+    arguments = (rank, world_size, data, folder, "zero2", "fp32", 8)
+    train(*arguments, exit_step=2, extra=("--checkpoint.save_interval", "1"))
+    fill, read_manifest = loader._fill, reader.read_manifest
+
+    def fail(*_):
+        raise RuntimeError("a fault of ours")
+
+    def read_another(directory):
+        return dataclasses.replace(read_manifest(directory), sha256="0" * 64)
+
+    for name, owner, attribute, replacement in (
+        ("fault", loader, "_fill", fail),
+        ("stale", reader, "read_manifest", read_another),
+    ):
+        original = getattr(owner, attribute)
+        if rank == 1:
+            setattr(owner, attribute, replacement)
+        try:
+            train(*arguments, load="auto")
+        except Exception as error:
+            outcome[name] = f"{type(error).__name__}: {error}"
+        setattr(owner, attribute, original)
+    assert (fill, read_manifest) == (loader._fill, reader.read_manifest)
+    outcome["after"] = len(train(*arguments, load="auto"))
+    return outcome
+
+
+def test_a_resume_in_which_one_rank_fails_ends_on_every_rank(data, tmp_path):
+    outcomes = run_distributed(disagreeing_load_cell, 2, str(data), str(tmp_path))
+    refused = "CheckpointRefused: rank 1: "
+    assert outcomes[0]["fault"].startswith(f"{refused}RuntimeError: a fault of ours; ")
+    assert outcomes[1]["fault"] == "RuntimeError: a fault of ours"
+    for outcome in outcomes:
+        assert outcome["stale"].startswith(refused)
+        assert "is not the one that rank 0 finds there" in outcome["stale"]
+        assert outcome["after"] == 6  # of 8 steps
 
 
 def run_script(command, cwd, **environment):
