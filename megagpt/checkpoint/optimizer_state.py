@@ -51,8 +51,6 @@ class OptimizerState(ABC):
 
     is_replicated = False
     """Whether every data-parallel rank holds the same."""
-    is_swapped = False
-    """Whether units are on NVMe, so that only one of them should be in memory."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         self.optimizer: Any = engine.optimizer
@@ -206,10 +204,6 @@ class _PartitionedState(OptimizerState):
 
 class _Zero3State(OptimizerState):
     """ZeRO-3: this rank's shard of each parameter, in sub-groups that may be on NVMe."""
-
-    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        super().__init__(engine)
-        self.is_swapped = bool(self.optimizer.swap_optimizer)
 
     @property
     def units(self) -> list[list[Held]]:
