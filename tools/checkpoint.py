@@ -20,8 +20,8 @@ from megagpt.checkpoint.describe import (
     prunable_steps,
 )
 from megagpt.checkpoint.directory import find_checkpoint, remove_step
-from megagpt.checkpoint.manifest import KINDS, read_manifest
-from megagpt.checkpoint.reader import CheckpointReader, stray_files, verify_checkpoint
+from megagpt.checkpoint.format.manifest import KINDS, read_manifest
+from megagpt.checkpoint.format.reader import CheckpointReader, stray_files, verify_checkpoint
 from megagpt.config.command import EXIT_ERROR, UsageError, run_command
 
 

@@ -17,11 +17,11 @@ from megagpt.data.describe import (
     length_histogram,
     locate,
 )
-from megagpt.data.indexed_dataset import IndexedDataset
-from megagpt.data.manifest import read_manifest
-from megagpt.data.rewrite import adopt, ends_with_eod, merge, split
-from megagpt.data.tokenizer import Tokenizer, load_tokenizer
-from megagpt.data.verify import verify
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.manifest import read_manifest
+from megagpt.data.indexed.rewrite import adopt, ends_with_eod, merge, split
+from megagpt.data.indexed.verify import verify
+from megagpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _RUN_OPTIONS = "the run's own options follow: --config RUN.yaml, --SECTION.KEY VALUE"
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import yaml
 
 from megagpt.checkpoint.directory import find_checkpoint, newest_readable
-from megagpt.checkpoint.manifest import MANIFEST_FILE
+from megagpt.checkpoint.format.manifest import MANIFEST_FILE
 from megagpt.config.command import run_command
-from megagpt.data.compression import baselines
-from megagpt.data.documents import read_documents
-from megagpt.data.manifest import read_manifest
-from megagpt.data.tokenizer import load_tokenizer
+from megagpt.data.indexed.manifest import read_manifest
+from megagpt.data.preprocessing.documents import read_documents
+from megagpt.data.tokenizers.tokenizer import load_tokenizer
 from megagpt.files import file_sha256, write_json
+from megagpt.inference.compression import baselines
 from megagpt.operations.hardware import cpu_computes_bf16
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megagpt.checkpoint.huggingface import MODEL_FILE, import_checkpoint
+from megagpt.checkpoint.huggingface.convert import MODEL_FILE, import_checkpoint
 from megagpt.config.command import run_command
 
 

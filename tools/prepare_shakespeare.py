@@ -16,7 +16,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 from megagpt.config.command import run_command
-from megagpt.data.corpus import find_near_duplicates, remove_shared_passages, shingles
+from megagpt.data.preprocessing.corpus import find_near_duplicates, remove_shared_passages, shingles
 from megagpt.files import file_sha256, write_atomically, write_json
 
 # A comedy to validate on; a comedy and a tragedy to test on. None has a sequel in training.

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from megagpt.config.command import run_command
-from megagpt.data.documents import read_documents
-from megagpt.data.tokenizer import train_sentencepiece
+from megagpt.data.preprocessing.documents import read_documents
+from megagpt.data.tokenizers.tokenizer import train_sentencepiece
 
 
 def main(arguments: list[str]) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.checkpoint.manifest import CheckpointManifest
-from megagpt.checkpoint.reader import CheckpointReader
+from megagpt.checkpoint.format.manifest import CheckpointManifest
+from megagpt.checkpoint.format.reader import CheckpointReader
 from megagpt.config.command_line import config_to_dict
 
 _CHUNK_ELEMENTS = 1 << 20

@@ -18,14 +18,14 @@ from megagpt.checkpoint.directory import (
     read_latest,
     steps_to_remove,
 )
-from megagpt.checkpoint.manifest import (
+from megagpt.checkpoint.format.manifest import (
     KINDS,
     MANIFEST_FILE,
     CheckpointManifest,
     Layout,
     read_manifest,
 )
-from megagpt.checkpoint.slices import whole
+from megagpt.checkpoint.format.slices import whole
 
 _ELEMENT_BYTES = 4
 

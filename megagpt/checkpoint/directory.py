@@ -14,14 +14,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megagpt.checkpoint.manifest import (
+from megagpt.checkpoint.format.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     read_links,
     read_manifest,
 )
+from megagpt.checkpoint.format.shard_file import DamagedCheckpoint
 from megagpt.checkpoint.owner import OWNER_FILE
-from megagpt.checkpoint.shard_file import DamagedCheckpoint
 from megagpt.files import encode_json, sync_directory, write_atomically
 
 logger = logging.getLogger("megagpt")

@@ -15,11 +15,11 @@ import torch
 
 from megagpt.checkpoint.agreement import Agreement, in_words
 from megagpt.checkpoint.directory import find_checkpoints
-from megagpt.checkpoint.manifest import KINDS, read_links
-from megagpt.checkpoint.optimizer_state import OptimizerState
-from megagpt.checkpoint.parts import Part, Units
-from megagpt.checkpoint.reader import CheckpointReader, stray_files
-from megagpt.checkpoint.shard_file import DamagedCheckpoint
+from megagpt.checkpoint.format.manifest import KINDS, read_links
+from megagpt.checkpoint.format.reader import CheckpointReader, stray_files
+from megagpt.checkpoint.format.shard_file import DamagedCheckpoint
+from megagpt.checkpoint.state.optimizer_state import OptimizerState
+from megagpt.checkpoint.state.parts import Part, Units
 
 logger = logging.getLogger("megagpt")
 

@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from megagpt.checkpoint.manifest import CheckpointState
+from megagpt.checkpoint.format.manifest import CheckpointState
 from megagpt.config.command_line import config_to_dict
 from megagpt.config.schema import Config
 

@@ -35,8 +35,7 @@ from megagpt.checkpoint.directory import (
     steps_to_remove,
     write_latest,
 )
-from megagpt.checkpoint.loader import CheckpointRefused, load_checkpoint
-from megagpt.checkpoint.manifest import (
+from megagpt.checkpoint.format.manifest import (
     CheckpointManifest,
     CheckpointState,
     Layout,
@@ -49,12 +48,13 @@ from megagpt.checkpoint.manifest import (
     weights_file,
     write_manifest,
 )
-from megagpt.checkpoint.optimizer_state import optimizer_state
+from megagpt.checkpoint.format.reader import CheckpointReader
+from megagpt.checkpoint.format.shard_file import FileRecord, ShardWriter
+from megagpt.checkpoint.loader import CheckpointRefused, load_checkpoint
 from megagpt.checkpoint.owner import FolderTaken, Ownership, is_owned, require_owner
-from megagpt.checkpoint.parts import held_parts, owned_parts, owned_tensors
-from megagpt.checkpoint.reader import CheckpointReader
-from megagpt.checkpoint.shard_file import FileRecord, ShardWriter
-from megagpt.checkpoint.snapshot import HostCopy, Tensors, live_tensors
+from megagpt.checkpoint.state.optimizer_state import optimizer_state
+from megagpt.checkpoint.state.parts import held_parts, owned_parts, owned_tensors
+from megagpt.checkpoint.state.snapshot import HostCopy, Tensors, live_tensors
 from megagpt.config.schema import CheckpointConfig
 from megagpt.parallel.groups import ProcessGroups
 

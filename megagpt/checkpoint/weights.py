@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from megagpt.checkpoint.directory import find_checkpoint
-from megagpt.checkpoint.manifest import CheckpointState
-from megagpt.checkpoint.reader import CheckpointReader
+from megagpt.checkpoint.format.manifest import CheckpointState
+from megagpt.checkpoint.format.reader import CheckpointReader
 
 
 def load_weights(path: Path | str) -> tuple[CheckpointState, dict[str, torch.Tensor]]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from megagpt.config.schema import DataConfig
-from megagpt.data.blended_dataset import BlendedDataset, JoinedDataset
-from megagpt.data.gpt_dataset import GPTDataset, MegatronOrder
-from megagpt.data.index_cache import IndexCache
-from megagpt.data.indexed_dataset import IndexedDataset, idx_path
-from megagpt.data.manifest import Manifest, read_manifest
-from megagpt.data.tokenizer import tokenizer_sha256
+from megagpt.data.indexed.dataset import IndexedDataset, idx_path
+from megagpt.data.indexed.manifest import Manifest, read_manifest
+from megagpt.data.samples.blended_dataset import BlendedDataset, JoinedDataset
+from megagpt.data.samples.gpt_dataset import GPTDataset, MegatronOrder
+from megagpt.data.samples.index_cache import IndexCache
+from megagpt.data.tokenizers.tokenizer import tokenizer_sha256
 from megagpt.files import file_sha256
 
 SPLITS = ("train", "valid", "test")

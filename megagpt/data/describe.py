@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.config.schema import Config
-from megagpt.data.blended_dataset import BlendedDataset
 from megagpt.data.datasets import Dataset, build_datasets, first_prefix
-from megagpt.data.gpt_dataset import GPTDataset
-from megagpt.data.indexed_dataset import IndexedDataset
-from megagpt.data.manifest import read_manifest
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.manifest import read_manifest
+from megagpt.data.samples.blended_dataset import BlendedDataset
+from megagpt.data.samples.gpt_dataset import GPTDataset
 
 _BAR_WIDTH = 50
 

@@ -20,10 +20,10 @@ import torch
 
 from megagpt.config.schema import DataConfig
 from megagpt.data.datasets import documents_of, split_sources
-from megagpt.data.indexed_dataset import IndexedDataset
-from megagpt.data.manifest import read_manifest
-from megagpt.data.masks import IGNORE_INDEX
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.manifest import read_manifest
+from megagpt.data.samples.masks import IGNORE_INDEX
+from megagpt.data.tokenizers.tokenizer import Tokenizer
 from megagpt.model.gpt import GPTModel
 
 _REPORT_SECONDS = 10.0

@@ -1,6 +1,6 @@
 """A checkpoint and its tokenizer as a folder of Hugging Face's transformers.
 
-Next file: `megagpt/checkpoint/huggingface.py`, which writes the model.
+Next file: `megagpt/checkpoint/huggingface/convert.py`, which writes the model.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.checkpoint.directory import newest_readable
-from megagpt.checkpoint.huggingface import WeightType, export_checkpoint
-from megagpt.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megagpt.checkpoint.huggingface.convert import WeightType, export_checkpoint
+from megagpt.data.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megagpt.files import encode_json
 from megagpt.inference.load import find_tokenizer
 

@@ -14,8 +14,8 @@ import torch
 from megagpt.checkpoint.weights import load_weights
 from megagpt.config.schema import Config
 from megagpt.data.datasets import first_prefix
-from megagpt.data.manifest import read_manifest
-from megagpt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from megagpt.data.indexed.manifest import read_manifest
+from megagpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import VOCABULARY_WEIGHTS
 

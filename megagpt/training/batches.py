@@ -17,10 +17,10 @@ import torch
 
 from megagpt.config.schema import Config
 from megagpt.data.datasets import Dataset, first_prefix
-from megagpt.data.gpt_dataset import PAD
-from megagpt.data.manifest import read_manifest
-from megagpt.data.masks import document_boundaries, tokens_to_batch
-from megagpt.data.sampler import BatchSampler
+from megagpt.data.indexed.manifest import read_manifest
+from megagpt.data.samples.gpt_dataset import PAD
+from megagpt.data.samples.masks import document_boundaries, tokens_to_batch
+from megagpt.data.samples.sampler import BatchSampler
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.loss import IGNORE_INDEX
 

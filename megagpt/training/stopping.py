@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megagpt.checkpoint.manifest import CheckpointState
+from megagpt.checkpoint.format.manifest import CheckpointState
 from megagpt.config.schema import TrainingConfig
 
 _REPEAT_SECONDS = 5.0

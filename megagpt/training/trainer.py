@@ -25,15 +25,15 @@ from deepspeed import DeepSpeedEngine
 
 from megagpt import __version__
 from megagpt.checkpoint.directory import complete_steps, newest_readable
+from megagpt.checkpoint.format.manifest import CheckpointState, Layout
 from megagpt.checkpoint.loader import CheckpointRefused
-from megagpt.checkpoint.manifest import CheckpointState, Layout
 from megagpt.checkpoint.same_run import refuse_other_run
 from megagpt.checkpoint.saver import Checkpointer, SaveFailed
 from megagpt.config.command_line import config_to_dict
 from megagpt.config.deepspeed_config import format_resolved_table, resolve_ds_config
 from megagpt.config.schema import Config
 from megagpt.data.datasets import Dataset, build_datasets, data_fingerprint, first_prefix
-from megagpt.data.manifest import read_manifest
+from megagpt.data.indexed.manifest import read_manifest
 from megagpt.files import write_json
 from megagpt.model.build import build_model
 from megagpt.model.gpt import count_parameters

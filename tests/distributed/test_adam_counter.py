@@ -37,7 +37,7 @@ def fresh(kind):
 
 def resumed(kind, optimizer, history, moments, at, *, replays):
     """A new optimizer with the state after `at` steps, run to the end."""
-    from megagpt.checkpoint.adam import adam_step, set_adam_step
+    from megagpt.checkpoint.state.adam import adam_step, set_adam_step
 
     optimizer, parameter = fresh(kind)
     parameter.data.copy_(history[at - 1])
@@ -70,7 +70,7 @@ def test_a_replayed_count_gives_the_same_updates_to_the_last_bit(straight, at):
 
 
 def test_deepspeed_still_forgets_the_count(straight):
-    """Fails when upstream mends it: then the replay in megagpt/checkpoint/adam.py can go."""
+    """Fails when upstream mends it: then the replay in megagpt/checkpoint/state/adam.py can go."""
     kind, optimizer, history, moments = straight
     differing = 0
     for at in (20, 33, 47, 60):

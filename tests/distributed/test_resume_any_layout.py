@@ -89,8 +89,8 @@ def load_pairs(rank, world_size, pairs, data, root):
 
 def same_bits(a, b):
     """Whether two checkpoints hold the same tensors, bit by bit, and the same state."""
-    from megagpt.checkpoint.manifest import KINDS
-    from megagpt.checkpoint.reader import CheckpointReader
+    from megagpt.checkpoint.format.manifest import KINDS
+    from megagpt.checkpoint.format.reader import CheckpointReader
 
     with CheckpointReader(a) as first, CheckpointReader(b) as second:
         one, two = first.manifest, second.manifest

@@ -123,8 +123,8 @@ def test_killed_and_resumed_equals_a_straight_run_to_the_last_bit(outcome, layou
 
 def failing_save(rank, world_size, data, root):
     """Each of two ranks fails once, while a unit is brought in from NVMe; training goes on."""
-    from megagpt.checkpoint.optimizer_state import _Zero3State
-    from megagpt.checkpoint.shard_file import ShardWriter
+    from megagpt.checkpoint.format.shard_file import ShardWriter
+    from megagpt.checkpoint.state.optimizer_state import _Zero3State
     from megagpt.training.trainer import Trainer
 
     layout, every = "dp2-zero3-offload_optimizer_nvme", ("--checkpoint.save_interval", "1")

@@ -253,7 +253,7 @@ def test_runs_stop_by_tokens_and_time_and_refuse_another_shape_or_a_used_folder(
 
 
 def failing_save_cell(rank, world_size, data, root):
-    from megagpt.checkpoint.shard_file import ShardWriter
+    from megagpt.checkpoint.format.shard_file import ShardWriter
 
     close = ShardWriter.close
 
@@ -295,7 +295,8 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank_and_harms_nothing
 
 def disagreeing_load_cell(rank, world_size, data, root):
     """Resumes in which rank 1 meets a fault of ours, or reads another manifest than rank 0."""
-    from megagpt.checkpoint import loader, reader
+    from megagpt.checkpoint import loader
+    from megagpt.checkpoint.format import reader
 
     folder, outcome = Path(root) / "run", {}
     arguments = (rank, world_size, data, folder, "zero2", "fp32", 8)

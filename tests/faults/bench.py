@@ -28,9 +28,9 @@ from megagpt.checkpoint.directory import (
     find_checkpoint,
     newest_readable,
 )
-from megagpt.checkpoint.manifest import KINDS
+from megagpt.checkpoint.format.manifest import KINDS
+from megagpt.checkpoint.format.reader import CheckpointReader, verify_checkpoint
 from megagpt.checkpoint.owner import OWNER_FILE
-from megagpt.checkpoint.reader import CheckpointReader, verify_checkpoint
 from megagpt.testing.corpus import byte_corpus
 
 TRAIN_STEPS = 80

@@ -7,7 +7,6 @@ slow tests run the same rows.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 
 from bench import Bench, Findings
 from rows import ROWS, Row
+
+from megagpt.testing.report import markdown_table, replace_table, write_records
 
 
 def run_row(row: Row, bench: Bench) -> dict:
@@ -49,10 +50,8 @@ def run_row(row: Row, bench: Bench) -> dict:
 
 def markdown(records: list[dict]) -> str:
     """The generated part of docs/faults.md."""
-    lines = ["| row | fault | promise | measured |", "|---|---|---|---|"]
-    for r in records:
-        lines.append(f"| {r['row']} | {r['fault']} | {r['promise']} | {r['measured']} |")
-    return "\n".join(lines) + "\n"
+    columns = ["row", "fault", "promise", "measured"]
+    return markdown_table(columns, ([str(r[column]) for column in columns] for r in records))
 
 
 def main() -> int:
@@ -81,14 +80,9 @@ def main() -> int:
         f"{sum(record['ok'] is True for record in records)} of {len(records)} rows keep their "
         f"promise, {len(left_out)} left out, {time.monotonic() - begin:.0f} s"
     )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
+    write_records(options.json, records)
     if options.docs and not failed and not left_out and not options.rows:
-        head, _, rest = options.docs.read_text().partition("<!-- rows -->\n")
-        tail = rest.partition("<!-- end of rows -->\n")[2]
-        table = f"<!-- rows -->\n{markdown(records)}<!-- end of rows -->\n"
-        options.docs.write_text(head + table + tail)
+        replace_table(options.docs, "rows", markdown(records))
     return 1 if failed else 0
 
 

@@ -19,7 +19,7 @@ from bench import AUTO, BASE_STEPS, EVERY_STEP, Bench, Findings, check_intact, s
 from ranks import Fault
 
 from megagpt.checkpoint.directory import find_checkpoint
-from megagpt.checkpoint.manifest import (
+from megagpt.checkpoint.format.manifest import (
     KINDS,
     MANIFEST_FILE,
     optimizer_file,
@@ -27,7 +27,7 @@ from megagpt.checkpoint.manifest import (
     weights_file,
     write_manifest,
 )
-from megagpt.checkpoint.reader import CheckpointReader, verify_checkpoint
+from megagpt.checkpoint.format.reader import CheckpointReader, verify_checkpoint
 
 _NEXT = (*EVERY_STEP, "--training.exit_step", str(BASE_STEPS + 1))
 _FLIPS = 1200

@@ -29,8 +29,8 @@ from bench import (
 from ranks import Fault
 
 from megagpt.checkpoint.directory import find_checkpoint
-from megagpt.checkpoint.manifest import optimizer_file, read_manifest, write_manifest
-from megagpt.checkpoint.reader import CheckpointReader
+from megagpt.checkpoint.format.manifest import optimizer_file, read_manifest, write_manifest
+from megagpt.checkpoint.format.reader import CheckpointReader
 
 
 def killed_under_the_launcher(bench: Bench, findings: Findings) -> str:

@@ -30,7 +30,7 @@ from bench import (
 from ranks import Fault, Ranks
 
 from megagpt.checkpoint.directory import complete_steps
-from megagpt.checkpoint.manifest import optimizer_file, weights_file
+from megagpt.checkpoint.format.manifest import optimizer_file, weights_file
 from megagpt.checkpoint.owner import OWNER_FILE
 
 _CHANGES = "?mkdir,mkdirat,openat,write,fsync,?rename,renameat,?renameat2,?unlink,unlinkat,?rmdir"

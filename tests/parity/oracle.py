@@ -10,7 +10,7 @@ import math
 import torch
 
 from megagpt.data.datasets import build_datasets
-from megagpt.data.manifest import read_manifest
+from megagpt.data.indexed.manifest import read_manifest
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize

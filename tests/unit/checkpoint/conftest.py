@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from megagpt.checkpoint import manifest as manifest_module
-from megagpt.checkpoint import shard_file
 from megagpt.checkpoint.directory import step_directory
-from megagpt.checkpoint.manifest import (
+from megagpt.checkpoint.format import manifest as manifest_module
+from megagpt.checkpoint.format import shard_file
+from megagpt.checkpoint.format.manifest import (
     KINDS,
     CheckpointManifest,
     CheckpointState,
@@ -21,8 +21,8 @@ from megagpt.checkpoint.manifest import (
     weights_file,
     write_manifest,
 )
-from megagpt.checkpoint.shard_file import ShardWriter
-from megagpt.checkpoint.slices import local_slice
+from megagpt.checkpoint.format.shard_file import ShardWriter
+from megagpt.checkpoint.format.slices import local_slice
 from megagpt.config.schema import Config, ModelConfig
 
 CREATED = "2030-01-01T00:00:00+00:00"

@@ -12,8 +12,8 @@ import pytest
 from megagpt.checkpoint.compare import compare_states, compare_tensors
 from megagpt.checkpoint.describe import bytes_in_words, describe_run, layout_in_words
 from megagpt.checkpoint.directory import complete_steps, write_latest
-from megagpt.checkpoint.manifest import KINDS, MANIFEST_FILE, Layout, read_manifest
-from megagpt.checkpoint.reader import CheckpointReader
+from megagpt.checkpoint.format.manifest import KINDS, MANIFEST_FILE, Layout, read_manifest
+from megagpt.checkpoint.format.reader import CheckpointReader
 from megagpt.config.schema import Config, ModelConfig, OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[3]

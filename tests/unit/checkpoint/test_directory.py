@@ -24,7 +24,7 @@ from megagpt.checkpoint.directory import (
     steps_to_remove,
     write_latest,
 )
-from megagpt.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from megagpt.checkpoint.format.manifest import MANIFEST_FILE, read_manifest
 
 
 class Run:

@@ -11,7 +11,7 @@ import pytest
 
 from megagpt.config.command_line import parse_config
 from megagpt.data.describe import length_histogram, locate, open_training
-from megagpt.data.indexed_dataset import IndexedDataset
+from megagpt.data.indexed.dataset import IndexedDataset
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = [f"Document {i} says {'so ' * (i % 5)}." for i in range(50)]

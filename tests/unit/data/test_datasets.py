@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from megagpt.config.schema import DataConfig
-from megagpt.data.blended_dataset import BlendedDataset, JoinedDataset
 from megagpt.data.datasets import build_datasets, data_fingerprint
-from megagpt.data.gpt_dataset import PAD, GPTDataset
-from megagpt.data.indexed_dataset import IndexedDataset
-from megagpt.data.indexed_writer import IndexedDatasetWriter
-from megagpt.data.preprocess import preprocess
+from megagpt.data.indexed.dataset import IndexedDataset
+from megagpt.data.indexed.writer import IndexedDatasetWriter
+from megagpt.data.preprocessing.preprocess import preprocess
+from megagpt.data.samples.blended_dataset import BlendedDataset, JoinedDataset
+from megagpt.data.samples.gpt_dataset import PAD, GPTDataset
 
 
 def write_pair(prefix, value, *, documents=10, length=10):

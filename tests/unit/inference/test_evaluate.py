@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megagpt.config.schema import Config, DataConfig, ModelConfig
-from megagpt.data.preprocess import preprocess
-from megagpt.data.tokenizer import ByteTokenizer
+from megagpt.data.preprocessing.preprocess import preprocess
+from megagpt.data.tokenizers.tokenizer import ByteTokenizer
 from megagpt.inference.evaluate import SplitText, evaluate, read_split, total_loss
 from megagpt.inference.load import build_model
 from megagpt.model.gpt import GPTModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megagpt.config.schema import ModelConfig
-from megagpt.data.masks import IGNORE_INDEX, document_boundaries, tokens_to_batch
+from megagpt.data.samples.masks import IGNORE_INDEX, document_boundaries, tokens_to_batch
 from megagpt.model.attention import document_mask
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize

@@ -6,8 +6,8 @@ import torch
 
 from megagpt.config.command_line import parse_config
 from megagpt.data.datasets import build_datasets
-from megagpt.data.gpt_dataset import PAD
-from megagpt.data.masks import IGNORE_INDEX
+from megagpt.data.samples.gpt_dataset import PAD
+from megagpt.data.samples.masks import IGNORE_INDEX
 from megagpt.testing.corpus import byte_corpus
 from megagpt.training.batches import Batches
 

@@ -1,0 +1,1 @@
+"""The files of a checkpoint; knows neither process groups nor DeepSpeed."""

@@ -1,0 +1,320 @@
+"""`manifest.json`: what a checkpoint holds, where, and the state of the run that wrote it.
+
+It is written last, so its presence means whole; it holds a hash of itself and of every block of
+every other file. JSON only: nothing of a checkpoint is ever unpickled or run. Knows no torch.
+Next files: `directory.py`, `reader.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megagpt.checkpoint.format.shard_file import BLOCK_BYTES, DamagedCheckpoint, FileRecord
+from megagpt.checkpoint.format.slices import Slice, is_partition
+from megagpt.config.command_line import config_from_dict, config_to_dict
+from megagpt.config.schema import Config
+from megagpt.files import write_atomically
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""What is kept of a parameter: the fp32 master weight and Adam's two moments."""
+
+_DIGEST_KEY = '"sha256": "'
+_NO_DIGEST = "0" * 64
+_HEAD_LINES = 6
+"""Within these stand the keys of `Links`."""
+_MAX_LINE_BYTES = 4 << 20
+
+
+def weights_file(shard: int) -> str:
+    """Name of a rank's weights."""
+    return f"weights-{shard:05d}.safetensors"
+
+
+def optimizer_file(shard: int) -> str:
+    """Name of a rank's moments."""
+    return f"optimizer-{shard:05d}.safetensors"
+
+
+def tensor_key(kind: str, name: str) -> tuple[bool, str]:
+    """Whether a kind stands in the optimizer's file, and the tensor's name in its file."""
+    return (False, name) if kind == "weight" else (True, f"{kind}.{name}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks that wrote a checkpoint were divided."""
+
+    world_size: int
+    """Ranks."""
+    tensor_parallel_size: int = 1
+    """Ranks of each layer."""
+    pipeline_parallel_size: int = 1
+    """Stages."""
+    zero_stage: int = 0
+    """ZeRO stage."""
+    offload: str = "none"
+    """Where the optimizer's state was: none, cpu or nvme."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """Position of a run, and what decides how it goes on."""
+
+    step: int
+    """Optimizer steps completed."""
+    consumed_samples: int
+    """Training samples completed."""
+    consumed_tokens: int
+    """Valid training tokens completed."""
+    config: Config
+    """The configuration that it was trained with."""
+    data_fingerprint: dict[str, Any]
+    """Sizes and hashes of the data, by split."""
+    tokenizer_sha256: str | None = None
+    """Hash of the tokenizer, where the data's manifest tells it."""
+    learning_rate: float = 0.0
+    """Of the last step; the schedule depends on the step alone."""
+    adam_step: int = 0
+    """Updates that Adam has made; steps that an overflow skipped are not among them."""
+    loss_scaler: dict[str, Any] = field(default_factory=dict)
+    """Plain values of the fp16 loss scaler; empty in other precisions."""
+    imported_from: str | None = None
+    """The folder of another program that the weights at step 0 were taken from."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor in the files of one shard."""
+
+    shard: int
+    """The rank that wrote it, and the number in the names of its files."""
+    slice: Slice
+    """Which part."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A parameter: the same pieces for its weight and its moments."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor, without the padding of the vocabulary."""
+    pieces: tuple[Piece, ...]
+    """In the order of the shards; together they are the tensor, each element once."""
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """All that a reader needs to know of a checkpoint."""
+
+    state: CheckpointState
+    """Position of the run."""
+    layout: Layout
+    """Of the ranks that wrote it."""
+    tensors: Mapping[str, TensorRecord]
+    """By canonical name."""
+    files: Mapping[str, FileRecord]
+    """By name in the folder."""
+    versions: Mapping[str, str]
+    """Of megagpt and what it stands on."""
+    created: str = ""
+    """When, in UTC."""
+    previous: str | None = None
+    """Hash of the manifest that was saved before it in the folder, of whatever line."""
+    line: tuple[tuple[int, str], ...] = ()
+    """(step, hash of its manifest) of those in the folder that led to it, the newest first."""
+    sha256: str = ""
+    """Hash of this manifest, known once it is written or read."""
+
+
+def write_manifest(directory: Path, manifest: CheckpointManifest) -> str:
+    """Writes the manifest, whole or not at all; returns its hash."""
+    text = _encode(manifest)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    text = text.replace(_DIGEST_KEY + _NO_DIGEST, _DIGEST_KEY + digest, 1)
+    write_atomically(directory / MANIFEST_FILE, text.encode())
+    return digest
+
+
+def read_manifest(directory: Path) -> CheckpointManifest:
+    """Reads and checks the manifest of a step folder; reads no other file.
+
+    Raises:
+        DamagedCheckpoint: If it is not what was written.
+        ValueError: If there is none, or a newer version wrote it.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{directory} holds no complete checkpoint ({MANIFEST_FILE} is missing); name a "
+            "step_* folder or a run folder that has one"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    values = _verified(content, path)
+    version = values.get("format")
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, this version of megagpt reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    try:
+        return _decode(values)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class Links(NamedTuple):
+    """How a manifest names itself and others of its folder; see `CheckpointManifest`."""
+
+    sha256: str
+    created: str
+    previous: str | None
+    line: tuple[tuple[int, str], ...]
+
+
+def read_links(directory: Path) -> Links | None:
+    """The links of a step folder; None where they cannot be read.
+
+    Reads the first lines only, for the manifest of many ranks is long, and compares no hash.
+    """
+    values: dict[str, Any] = {}
+    try:
+        with (directory / MANIFEST_FILE).open("rb") as file:
+            for _ in range(_HEAD_LINES):
+                text = file.readline(_MAX_LINE_BYTES).decode().strip("{, \n")
+                values |= json.loads(f"{{{text}}}")
+        line = tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"])
+        previous = None if values["previous"] is None else str(values["previous"])
+        return Links(str(values["sha256"]), str(values["created"]), previous, line)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _verified(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON, if its hash is its own."""
+    try:
+        text = content.decode()
+        values = json.loads(text)
+        digest = values["sha256"]
+        blank = text.replace(_DIGEST_KEY + digest, _DIGEST_KEY + _NO_DIGEST, 1)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedCheckpoint(f"{path} is damaged: it is not a manifest") from None
+    if hashlib.sha256(blank.encode()).hexdigest() != digest:
+        raise DamagedCheckpoint(f"{path} is damaged: its content has not the hash that it names")
+    return values
+
+
+def _encode(manifest: CheckpointManifest) -> str:
+    """One line for each tensor and file, so that a person can read it."""
+    state = dataclasses.asdict(manifest.state) | {"config": config_to_dict(manifest.state.config)}
+    head = {
+        "format": FORMAT,
+        "sha256": _NO_DIGEST,
+        "created": manifest.created,
+        "previous": manifest.previous,
+        "line": manifest.line,
+        "versions": dict(manifest.versions),
+        "layout": dataclasses.asdict(manifest.layout),
+        "state": state,
+        "block_bytes": BLOCK_BYTES,
+    }
+    tensors = {
+        name: {
+            "shape": record.shape,
+            "dtype": "F32",
+            "pieces": [{"shard": p.shard, **dataclasses.asdict(p.slice)} for p in record.pieces],
+        }
+        for name, record in manifest.tensors.items()
+    }
+    files = {
+        name: {"bytes": record.num_bytes, "block_sha256": record.block_sha256}
+        for name, record in manifest.files.items()
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    for key, entries in (("tensors", tensors), ("files", files)):
+        rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
+        lines.append(f"{json.dumps(key)}: {{\n{rows}\n }}")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def _decode(values: dict[str, Any]) -> CheckpointManifest:
+    if values["block_bytes"] != BLOCK_BYTES:
+        raise KeyError(f"block_bytes {values['block_bytes']}")
+    state, layout = dict(values["state"]), Layout(**values["layout"])
+    for key in ("step", "consumed_samples", "consumed_tokens", "adam_step"):
+        _whole_number(state[key])
+    for size in (layout.world_size, layout.tensor_parallel_size, layout.pipeline_parallel_size):
+        _whole_number(size, least=1)
+    state["config"] = config_from_dict(state["config"])
+    tensors = {name: _decode_tensor(entry) for name, entry in values["tensors"].items()}
+    check_cover(tensors)
+    for name in values["files"]:
+        if Path(name).name != name:
+            raise KeyError(f"{name} is not the name of a file")
+    return CheckpointManifest(
+        state=CheckpointState(**state),
+        layout=layout,
+        tensors=tensors,
+        files={
+            name: FileRecord(_whole_number(entry["bytes"]), tuple(entry["block_sha256"]))
+            for name, entry in values["files"].items()
+        },
+        versions=values["versions"],
+        created=values["created"],
+        previous=values["previous"],
+        line=tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"]),
+        sha256=values["sha256"],
+    )
+
+
+def _decode_tensor(entry: dict[str, Any]) -> TensorRecord:
+    pieces = tuple(
+        Piece(
+            _whole_number(p["shard"]),
+            Slice(
+                _pair(p["rows"]),
+                _pair(p["columns"]),
+                _whole_number(p["start"]),
+                _whole_number(p["end"]),
+            ),
+        )
+        for p in entry["pieces"]
+    )
+    shape = tuple(_whole_number(size) for size in entry["shape"])
+    if not 1 <= len(shape) <= 2 or entry["dtype"] != "F32":
+        raise TypeError(f"shape {list(shape)} of {entry['dtype']}")
+    return TensorRecord(shape, pieces)
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    begin, end = map(_whole_number, values)
+    return begin, end
+
+
+def _whole_number(value: Any, *, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise TypeError(f"{value!r} is not a whole number of at least {least}")
+    return value
+
+
+def check_cover(tensors: Mapping[str, TensorRecord]) -> None:
+    """Checks that the pieces of each tensor hold each of its elements once.
+
+    Raises:
+        ValueError: With the first tensor that they do not make up.
+    """
+    for name, record in tensors.items():
+        if not is_partition(record.shape, (piece.slice for piece in record.pieces)):
+            raise ValueError(f"the pieces of {name} do not hold each of its elements once")

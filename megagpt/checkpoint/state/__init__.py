@@ -1,0 +1,1 @@
+"""What a rank holds of weights and optimizer state, and copies of it."""

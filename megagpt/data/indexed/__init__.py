@@ -1,0 +1,1 @@
+"""Megatron's .bin/.idx pairs: reading, writing, checking, and the manifest beside them."""

@@ -1,0 +1,1 @@
+"""Text files to pairs: documents, shards, workers and the encoder."""

@@ -1,0 +1,1 @@
+"""Pairs to samples: order, blends, the index cache, masks and the sampler."""

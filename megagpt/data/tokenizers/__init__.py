@@ -1,0 +1,1 @@
+"""Text to token ids: one protocol, and the tokenizers that speak it."""
