@@ -10,13 +10,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CODE := megagpt tools launch tests benchmarks
 FAST_TESTS := $(wildcard tests/unit tests/distributed tests/parity)
 
-.PHONY: help venv ops demo test test-slow parity mutation faults lint format clean
+.PHONY: help venv ops demo test test-slow parity parity-machine mutation faults lint format clean
 
 help:
 	@echo "make demo       train a small GPT on Shakespeare on two CPU processes, from nothing"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make parity     every layout against the oracle: build/parity.json, docs/parity.md"
+	@echo "make parity-machine   the same with each set of vector instructions, 1 and 2 threads"
 	@echo "make mutation   break invariants, and see the parity suite fail: build/mutation.json"
 	@echo "make faults     real faults to real runs: build/faults.json, docs/faults.md"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
@@ -45,6 +46,9 @@ test-slow: ops
 
 parity: ops
 	$(BIN)/python tests/parity/suite.py --json build/parity.json --docs docs/parity.md
+
+parity-machine: ops
+	$(BIN)/python tests/parity/suite.py --machine --json build/parity-machine.json --docs docs/parity.md
 
 mutation: ops
 	$(BIN)/python tests/mutation/mutate.py --json build/mutation.json

@@ -56,16 +56,17 @@ def rotary_tables(
         position_ids: [s] or [b, s], int64.
         head_size: d, even.
         theta: Base of the frequencies.
-        dtype: Of the result; computed in float32.
+        dtype: Of the result; computed in at least float32.
 
     Returns:
         Two [1 or b, 1, s, d].
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, in Llama's half-split form.
     """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_size, 2, dtype=wide, device=position_ids.device)
     frequencies = 1.0 / theta ** (exponents / head_size)  # [d/2]
-    angles = position_ids.float().unsqueeze(-1) * frequencies  # [.., s, d/2]
+    angles = position_ids.to(wide).unsqueeze(-1) * frequencies  # [.., s, d/2]
     angles = torch.cat([angles, angles], dim=-1)
     angles = angles.unsqueeze(-3) if angles.dim() == 3 else angles[None, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)

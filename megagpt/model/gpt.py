@@ -173,13 +173,14 @@ class LanguageModelHead(nn.Module):
             self.weight = tied_weight
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """[b, s, h] -> loss [b, s] in float32; without labels, float32 logits over real tokens.
+        """[b, s, h] -> loss [b, s]; without labels, logits over real tokens; at least float32.
 
         Logits are [b, s, vocab_size], and need the whole vocabulary on this rank.
         """
         if labels is None:
             assert group_size(self.tp_group) == 1, "logits are for inference, at tp = 1"
-            return F.linear(hidden, self.weight)[..., : self.vocab_size].float()
+            logits = F.linear(hidden, self.weight)[..., : self.vocab_size]
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
         return linear_cross_entropy(
             hidden,
             self.weight,
@@ -266,7 +267,7 @@ class GPTModel(nn.Module):
             dropout_keys: [b], from `dropout_keys`; dropped is in training mode only.
 
         Returns:
-            [b, s], float32, nats; 0 where the label is IGNORE_INDEX.
+            [b, s], at least float32, nats; 0 where the label is IGNORE_INDEX.
         """
         context = self.context(
             tokens.shape[1], tokens.device, position_ids=position_ids, dropout_keys=dropout_keys
@@ -282,7 +283,7 @@ class GPTModel(nn.Module):
             kv_cache: Extended in place.
 
         Returns:
-            [b, s, vocab_size], float32, without the padding of the vocabulary.
+            [b, s, vocab_size], at least float32, without the padding of the vocabulary.
         """
         start = 0 if kv_cache is None else kv_cache.length
         context = self.context(tokens.shape[1], tokens.device, start=start, cache=kv_cache)

@@ -31,22 +31,23 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, vocab_size, group):
+        wide = torch.promote_types(logits.dtype, torch.float32)
         local = logits.shape[-1]
         first = group_rank(group) * local
         num_real = min(max(vocab_size - first, 0), local)
         real = logits[:, :num_real]  # [t, at most v/tp], without the padding
         parallel = group_size(group) > 1
         if num_real:
-            largest = real.amax(dim=-1).float()
+            largest = real.amax(dim=-1).to(wide)
         else:
-            largest = logits.new_full(logits.shape[:1], -torch.inf, dtype=torch.float32)
+            largest = logits.new_full(logits.shape[:1], -torch.inf, dtype=wide)
         if parallel:
             # all-reduce over tp: local maxima -> the row's
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         index = targets - first
         elsewhere = (index < 0) | (index >= num_real)
         index = index.masked_fill(elsewhere, 0)
-        target_score = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1).float() - largest
+        target_score = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1).to(wide) - largest
         target_score = target_score.masked_fill(elsewhere, 0.0)
         total = torch.empty_like(largest)
         for rows in _row_chunks(logits):
@@ -70,7 +71,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         grad[:, num_real:] = 0
         if num_real == 0:
             return grad, None, None, None
-        scale = grad_output.float().masked_fill(ignored, 0.0).unsqueeze(-1)
+        scale = grad_output.to(log_sum_exp.dtype).masked_fill(ignored, 0.0).unsqueeze(-1)
         own = scale.masked_fill(elsewhere.unsqueeze(-1), 0.0).neg_()
         for rows in _row_chunks(logits):
             part = (logits[rows, :num_real] - log_sum_exp[rows].unsqueeze(-1)).exp_()
@@ -87,13 +88,13 @@ def vocab_parallel_cross_entropy(
     Three all-reduces over tp (max, target logit, sum of exp); full logits are never gathered.
 
     Args:
-        logits: [b, s, v/tp], any float dtype; reduced in float32. Not modified.
+        logits: [b, s, v/tp], any float dtype; reduced in at least float32. Not modified.
         targets: [b, s], int64, global token ids in [0, vocab_size), or IGNORE_INDEX.
         vocab_size: Real tokens; the padding up to v takes no part.
         tp_group: Group over which v is split; None for one rank.
 
     Returns:
-        [b, s], float32, nats per token, 0 where ignored; equal on every rank of tp_group.
+        [b, s], at least float32, nats per token, 0 where ignored; equal on every rank of tp_group.
 
     Raises:
         ValueError: If logits and targets disagree in b or s.
@@ -131,7 +132,7 @@ def linear_cross_entropy(
         sequence_parallel: Whether hidden is split over s; targets are whole all the same.
 
     Returns:
-        [b, s], float32, nats per token.
+        [b, s], at least float32, nats per token.
     """
     hidden = enter_parallel_region(hidden, tp_group, sequence_parallel=sequence_parallel)
     logits = F.linear(hidden, weight)  # [b, s, v/tp]

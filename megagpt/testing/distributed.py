@@ -27,6 +27,7 @@ def _rank_main(
     arguments: tuple,
     results: Any,
     timeout_seconds: float,
+    num_threads: int,
 ) -> None:
     os.environ.update(
         DS_ACCELERATOR="cpu",
@@ -37,7 +38,7 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
     )
-    torch.set_num_threads(1)
+    torch.set_num_threads(num_threads)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -58,7 +59,11 @@ def _rank_main(
 
 
 def run_distributed(
-    function: Callable, world_size: int, *arguments: Any, timeout_seconds: float = 120
+    function: Callable,
+    world_size: int,
+    *arguments: Any,
+    timeout_seconds: float = 120,
+    num_threads: int = 1,
 ) -> list[Any]:
     """Calls function(rank, world_size, *arguments) on every rank of a new gloo world.
 
@@ -67,6 +72,7 @@ def run_distributed(
         world_size: Processes.
         *arguments: Picklable.
         timeout_seconds: After this, all are killed.
+        num_threads: Of PyTorch, on each rank.
 
     Returns:
         The result of each rank.
@@ -79,12 +85,9 @@ def run_distributed(
     collected: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         rendezvous = str(Path(directory) / "rendezvous")
+        common = (function, world_size, rendezvous, arguments, queue, timeout_seconds, num_threads)
         processes = [
-            context.Process(
-                target=_rank_main,
-                args=(rank, function, world_size, rendezvous, arguments, queue, timeout_seconds),
-            )
-            for rank in range(world_size)
+            context.Process(target=_rank_main, args=(rank, *common)) for rank in range(world_size)
         ]
         try:
             for process in processes:

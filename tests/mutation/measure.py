@@ -41,10 +41,10 @@ def leave_mark(folder: Path, rank: int, value: Any = None) -> Any:
     return value
 
 
-def oracle_of_tree(rank: int, world_size: int, tree: Path, *arguments: Any) -> dict:
-    """`suite.oracle_curves`, surely of the tree."""
+def oracle_of_tree(rank: int, world_size: int, *arguments: Any, tree: Path) -> dict:
+    """`suite.oracle_references`, surely of the tree."""
     require_tree(tree)
-    return suite.oracle_curves(rank, world_size, *arguments)
+    return suite.oracle_references(rank, world_size, *arguments)
 
 
 def train_in_tree(
@@ -57,10 +57,14 @@ def train_in_tree(
 
 
 def make_references(cells: list[Cell], tree: Path, folder: Path) -> None:
-    """Writes the data and the oracle's curves of the cells into the folder."""
+    """Writes the data and what the cells are compared with into the folder."""
     data = suite.prepare_data(folder)
-    (references,) = run_distributed(
-        oracle_of_tree, 1, tree, cells, data, folder, timeout_seconds=TIMEOUT_SECONDS
+    references = suite.make_references(
+        cells,
+        data,
+        folder,
+        function=functools.partial(oracle_of_tree, tree=tree),
+        timeout_seconds=TIMEOUT_SECONDS,
     )
     (folder / "references.pickle").write_bytes(pickle.dumps((data, references)))
 

@@ -25,13 +25,6 @@ FEATURES = {
     "--model.seq_length 16",
 }
 
-# What the issue of parity promises; docs/parity.md says why.
-TOLERANCES = {
-    "fp32": {"loss": 2e-6, "grad_norm": 1e-4, "weight": 1e-5},
-    # bf16 is compared with the fp32 oracle: only the loss can be.
-    "bf16": {"loss": 5e-3},
-}
-
 
 @dataclass(frozen=True)
 class Cell:

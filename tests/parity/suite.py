@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
+import itertools
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
+import rounding
 import torch
-from cells import CELLS, TOLERANCES, Cell
+from cells import CELLS, Cell
 
 from megagpt.config.command_line import parse_config
 from megagpt.config.layout import Layout
 from megagpt.operations.prebuild import async_io_problem
 from megagpt.testing.corpus import byte_corpus
 from megagpt.testing.distributed import run_distributed
+from megagpt.testing.report import markdown_table, replace_table, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
-NOISE = ("attention.key.bias",)
-"""Weights without a gradient where positions are not rotary: Adam amplifies rounding there."""
+FIGURES = {"loss": "max_loss_rel", "grad_norm": "max_grad_norm_rel", "weights": "max_weight_abs"}
+"""What a record's figures are called."""
 
 
 def prepare_data(directory: Path) -> Path:
@@ -54,18 +56,35 @@ def arguments(cell: Cell, data: Path, output_dir: Path) -> list[str]:
     ]
 
 
-def oracle_curves(rank: int, world_size: int, cells: list[Cell], data: Path, root: Path) -> dict:
-    """The oracle's (curve, validation loss, weights) of every style and feature set needed."""
+def oracle_references(
+    rank: int, world_size: int, cells: list[Cell], data: Path, root: Path
+) -> dict:
+    """What cells are compared with: (truth, unit of rounding) by style and features.
+
+    Each rank makes some of them; there are no collectives.
+    """
     import oracle
 
+    configs = {
+        cell.reference: with_vocabulary(parse_config(arguments(cell, data, root / "oracle"))[0])
+        for cell in cells
+    }
     references = {}
-    for cell in cells:
-        if cell.reference not in references:
-            config = with_vocabulary(parse_config(arguments(cell, data, root / "oracle"))[0])
-            curve, validation, weights = oracle.train(config)
-            weights = {name: w.numpy() for name, w in weights.items()}
-            references[cell.reference] = (curve, validation, weights)
+    for reference in sorted(configs)[rank::world_size]:
+        config = configs[reference]
+        truth = oracle.train(config, torch.float64)
+        honest = (oracle.train(config, torch.float32, order=order) for order in rounding.ORDERS)
+        unit = rounding.largest(rounding.errors(outcome, truth) for outcome in honest)
+        references[reference] = (truth, unit)
     return references
+
+
+def make_references(
+    cells: list[Cell], data: Path, root: Path, *, timeout_seconds: float, function=oracle_references
+) -> dict:
+    """The references of cells, made by two processes side by side."""
+    parts = run_distributed(function, 2, cells, data, root, timeout_seconds=timeout_seconds)
+    return {key: reference for part in parts for key, reference in part.items()}
 
 
 def with_vocabulary(config):
@@ -147,8 +166,15 @@ def runnable(cells: list[Cell]) -> list[Cell]:
     return [c for c in cells if "nvme" not in c.layout or async_io_problem() is None]
 
 
-def run_cells(cells: list[Cell], *, timeout_seconds: float = 1500) -> list[dict]:
+def run_cells(
+    cells: list[Cell], *, num_threads: int = 1, timeout_seconds: float = 2400
+) -> list[dict]:
     """Trains cells and compares each with the oracle.
+
+    Args:
+        cells: To train.
+        num_threads: Of PyTorch, on each rank of a cell; the oracle has one.
+        timeout_seconds: For all cells of one world size.
 
     Returns:
         One record a cell, as in build/parity.json; none for NVMe where libaio is missing.
@@ -158,14 +184,13 @@ def run_cells(cells: list[Cell], *, timeout_seconds: float = 1500) -> list[dict]
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         data = prepare_data(root)
-        common = (data, root)
-        references = run_distributed(
-            oracle_curves, 1, cells, *common, timeout_seconds=timeout_seconds
-        )[0]
+        references = make_references(cells, data, root, timeout_seconds=timeout_seconds)
         for world_size in sorted({cell.world_size for cell in cells}):
             chosen = [cell for cell in cells if cell.world_size == world_size]
             by_rank = run_distributed(
-                train_cells, world_size, chosen, *common, timeout_seconds=timeout_seconds
+                *(train_cells, world_size, chosen, data, root),
+                timeout_seconds=timeout_seconds,
+                num_threads=num_threads,
             )
             for number, cell in enumerate(chosen):
                 curves = [outcomes[number][:2] for outcomes in by_rank]
@@ -175,74 +200,84 @@ def run_cells(cells: list[Cell], *, timeout_seconds: float = 1500) -> list[dict]
 
 
 def compare(cell: Cell, outcome: tuple, reference: tuple) -> dict:
-    """The largest differences of a cell from the oracle, and whether they are within tolerance."""
-    curve, validation, weights, drifted = outcome
-    expected, expected_validation, expected_weights = reference
-    assert len(curve) == len(expected) == STEPS
-    assert [tokens for *_, tokens in curve] == [tokens for *_, tokens in expected]
-
-    def largest(column: int) -> float:
-        # numpy's, for Python's max() passes over a NaN.
-        return float(
-            np.max(
-                [
-                    abs(a[column] - b[column]) / abs(b[column])
-                    for a, b in zip(curve, expected, strict=True)
-                ]
-            )
-        )
-
-    real = {n: w for n, w in expected_weights.items() if not n.endswith(NOISE)}
-    assert weights.keys() == expected_weights.keys()
-    differences = [
-        abs(weights[name] - whole[: len(weights[name])]).max() for name, whole in real.items()
-    ]
-    measured = {
-        "loss": float(
-            np.max([largest(0), abs(validation - expected_validation) / expected_validation])
-        ),
-        "grad_norm": largest(1),
-        "weight": float(np.max(differences)),
-    }
-    tolerances = TOLERANCES[cell.precision]
+    """A cell's distance from the oracle, and whether it is within the rule."""
+    *training, drifted = outcome
+    truth, unit = reference
+    measured = rounding.errors(tuple(training), truth)
     return {
         "name": cell.name,
         "layout": cell.layout,
         "style": " ".join([cell.style, *cell.features]),
         "dtype": cell.precision,
-        "max_loss_rel": measured["loss"],
-        "max_grad_norm_rel": measured["grad_norm"],
-        "max_weight_abs": measured["weight"],
-        "max_weight_rel": measured["weight"] / max(float(abs(w).max()) for w in real.values()),
-        "tolerances": tolerances,
-        "clipped_steps": sum(norm > 1.5 for _, norm, _ in curve),
+        "max_loss_rel": measured.loss,
+        "max_grad_norm_rel": measured.grad_norm,
+        "max_weight_abs": measured.weights[-1],
+        "weight_quantiles": measured.weights,
+        **(verdict := rounding.judge(measured, unit, precision=cell.precision)),
+        "clipped_steps": sum(norm > 1.5 for _, norm, _ in training[0]),
         "drifted": drifted,
-        # A NaN is not within a tolerance.
-        "ok": not drifted and all(measured[key] <= limit for key, limit in tolerances.items()),
+        "ok": not drifted and not verdict["off"],
     }
 
 
-def markdown(records: list[dict]) -> str:
-    """The generated part of docs/parity.md."""
-    lines = [
-        "| layout | model | type | loss, relative | gradient norm, relative | weights, absolute |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        limits = r["tolerances"]
-        lines.append(
-            f"| {r['layout']} | {r['style']} | {r['dtype']} | {r['max_loss_rel']:.1e} "
-            f"({limits['loss']:.0e}) | "
-            + " | ".join(
-                f"{r[key]:.1e}" + (f" ({limits[name]:.0e})" if name in limits else "")
-                for key, name in (
-                    ("max_grad_norm_rel", "grad_norm"),
-                    ("max_weight_abs", "weight"),
-                )
-            )
-            + " |"
+def cells_table(records: list[dict]) -> str:
+    """Each cell's figures, and in parentheses the multiple of honest rounding."""
+
+    def figure(record: dict, key: str) -> str:
+        units = record["units"].get(key)
+        return f"{record[FIGURES[key]]:.1e}" + ("" if units is None else f" ({units:.1f})")
+
+    return markdown_table(
+        ["layout", "model", "type", "loss, relative", "gradient norm, relative", "largest weight"],
+        (
+            [r["layout"], r["style"], r["dtype"], *(figure(r, key) for key in FIGURES)]
+            for r in records
+        ),
+    )
+
+
+def machine_table(runs: list[dict]) -> str:
+    """Each run over all cells, with the largest multiples of honest rounding."""
+
+    def most(records: list[dict], key: str) -> str:
+        return f"{max(r['units'][key] for r in records if r['units']):.1f}"
+
+    return markdown_table(
+        ["vector instructions", "threads", "cells equal", "loss", "gradient norm", "weights"],
+        (
+            [run["cpu_capability"], str(run["num_threads"])]
+            + [f"{sum(r['ok'] for r in run['cells'])} of {len(run['cells'])}"]
+            + [most(run["cells"], key) for key in FIGURES]
+            for run in runs
+        ),
+    )
+
+
+def capabilities() -> list[str]:
+    """PyTorch's sets of vector instructions that this CPU can run, smallest first."""
+    every = ["default", "avx2", "avx512"]
+    own = torch.backends.cpu.get_cpu_capability().lower()
+    return every[: every.index(own) + 1] if own in every else [own]
+
+
+def report(records: list[dict], cells: list[Cell], seconds: float) -> bool:
+    """Prints each cell; returns whether all were run and are equal."""
+    for record in records:
+        word = "ok  " if record["ok"] else "FAIL"
+        figures = " ".join(
+            f"{key} {record[figure]:.1e} ({record['units'].get(key, 0):.1f})"
+            for key, figure in FIGURES.items()
         )
-    return "\n".join(lines) + "\n"
+        print(f"{word} {record['name']:48} {figures} clipped {record['clipped_steps']}")
+    failed = [record["name"] for record in records if not record["ok"]]
+    left_out = [cell for cell in cells if cell not in runnable(cells)]
+    for cell in left_out:
+        print(f"LEFT OUT {cell.name}: {async_io_problem()}")
+    print(
+        f"{len(records) - len(failed)} of {len(records)} cells equal the oracle, {seconds:.0f} s",
+        flush=True,
+    )
+    return not failed and not left_out
 
 
 def main() -> int:
@@ -251,33 +286,35 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--docs", type=Path, help="page whose generated table is replaced")
     parser.add_argument("--cells", help="only cells whose name holds this")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on each rank")
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="with each set of vector instructions that this CPU has, and 1 and 2 threads",
+    )
     options = parser.parse_args()
     cells = [cell for cell in CELLS if not options.cells or options.cells in cell.name]
-    begin = time.monotonic()
-    records = run_cells(cells)
-    for record in records:
-        print(
-            f"{'ok  ' if record['ok'] else 'FAIL'} {record['name']:48} loss "
-            f"{record['max_loss_rel']:.1e} norm {record['max_grad_norm_rel']:.1e} weight "
-            f"{record['max_weight_abs']:.1e} clipped {record['clipped_steps']}"
-        )
-    failed = [record["name"] for record in records if not record["ok"]]
-    left_out = [cell for cell in cells if cell not in runnable(cells)]
-    for cell in left_out:
-        print(f"LEFT OUT {cell.name}: {async_io_problem()}")
-    print(
-        f"{len(records) - len(failed)} of {len(records)} cells equal the oracle, "
-        f"{time.monotonic() - begin:.0f} s"
-    )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
-    if options.docs and not failed and not left_out and not options.cells:
-        head, _, rest = options.docs.read_text().partition("<!-- cells -->\n")
-        tail = rest.partition("<!-- end of cells -->\n")[2]
-        table = f"<!-- cells -->\n{markdown(records)}<!-- end of cells -->\n"
-        options.docs.write_text(head + table + tail)
-    return 1 if failed else 0
+    own = torch.backends.cpu.get_cpu_capability().lower()
+    settings = [(own, options.threads)]
+    if options.machine:
+        settings = list(itertools.product(capabilities(), (1, 2)))
+    runs, whole = [], not options.cells
+    for capability, threads in settings:
+        # Ranks are new processes, which read it when they import torch.
+        os.environ["ATEN_CPU_CAPABILITY"] = capability
+        begin = time.monotonic()
+        print(f"vector instructions: {capability}, threads: {threads}", flush=True)
+        records = run_cells(cells, num_threads=threads)
+        whole &= report(records, cells, time.monotonic() - begin)
+        runs.append({"cpu_capability": capability, "num_threads": threads, "cells": records})
+        # One run is the list of its cells; of a machine it is the list of runs.
+        write_records(options.json, runs if options.machine else records)
+    if options.docs and whole:
+        if options.machine:
+            replace_table(options.docs, "machine", machine_table(runs))
+        else:
+            replace_table(options.docs, "cells", cells_table(records))
+    return 0 if all(record["ok"] for run in runs for record in run["cells"]) else 1
 
 
 if __name__ == "__main__":
