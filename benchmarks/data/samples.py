@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from data_peers import SEED, SEQ_LENGTH, cpu_seconds, cpu_seconds_a_pass
-from data_report import Report
+from peers import SEED, SEQ_LENGTH, cpu_seconds, cpu_seconds_a_pass
+from report import Report
 from setting import Corpus, Setting, in_fresh_process
 
 from megagpt.config.schema import DataConfig
