@@ -24,7 +24,7 @@ from megagpt.data.samples.blend import Blend
 from megagpt.data.samples.gpt_dataset import GPTDataset
 from megagpt.data.samples.index_cache import IndexCache
 from megagpt.data.samples.masks import document_boundaries, tokens_to_batch
-from megagpt.data.tokenizers.tokenizer import load_tokenizer
+from megagpt.data.tokenizers.load import load_tokenizer
 
 _BATCH = 8
 _NUM_READ = 40_000
