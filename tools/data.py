@@ -21,7 +21,8 @@ from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.indexed.rewrite import adopt, ends_with_eod, merge, split
 from megagpt.data.indexed.verify import verify
-from megagpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megagpt.data.tokenizers.load import load_tokenizer
+from megagpt.data.tokenizers.protocol import Tokenizer
 
 _RUN_OPTIONS = "the run's own options follow: --config RUN.yaml, --SECTION.KEY VALUE"
 

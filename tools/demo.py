@@ -25,7 +25,7 @@ from megagpt.checkpoint.format.manifest import MANIFEST_FILE
 from megagpt.config.command import run_command
 from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.preprocessing.documents import read_documents
-from megagpt.data.tokenizers.tokenizer import load_tokenizer
+from megagpt.data.tokenizers.load import load_tokenizer
 from megagpt.files import file_sha256, write_json
 from megagpt.inference.compression import baselines
 from megagpt.operations.hardware import cpu_computes_bf16

@@ -7,7 +7,9 @@ import signal
 import sys
 
 from megagpt.config.command import run_command
-from megagpt.data.preprocessing.preprocess import FaultPolicy, preprocess, report_to_stderr
+from megagpt.data.preprocessing.faults import FaultPolicy
+from megagpt.data.preprocessing.preprocess import preprocess
+from megagpt.data.preprocessing.progress import report_to_stderr
 
 
 def main(arguments: list[str]) -> int:

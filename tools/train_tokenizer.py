@@ -7,7 +7,7 @@ import sys
 
 from megagpt.config.command import run_command
 from megagpt.data.preprocessing.documents import read_documents
-from megagpt.data.tokenizers.tokenizer import train_sentencepiece
+from megagpt.data.tokenizers.sentencepiece import train_sentencepiece
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What `data.py` measures against: SentencePiece and Megatron-LM, each job in a process of its own.
+"""What `pipeline.py` measures against: SentencePiece and Megatron-LM, a process for each job.
 
 Run by path with the name of a job and its arguments as JSON; the last line on stdout is the result
 as JSON. Imports nothing of megagpt, so that any interpreter with the peer's packages can run it.

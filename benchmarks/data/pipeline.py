@@ -33,7 +33,7 @@ from megagpt.config.command import run_command
 from megagpt.data.native import load_native
 from megagpt.data.preprocessing.documents import read_documents
 from megagpt.data.samples.index_cache import SMALLEST_CACHED_BYTES
-from megagpt.data.tokenizers.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from megagpt.testing.report import write_records
 
 _TRAINED_BYTES = 20_000_000

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from data_peers import SEED, SEQ_LENGTH, cpu_seconds, cpu_seconds_a_pass
-from data_report import Report
+from peers import SEED, SEQ_LENGTH, cpu_seconds, cpu_seconds_a_pass
+from report import Report
 from setting import Corpus, Setting, in_fresh_process
 
 from megagpt.config.schema import DataConfig
@@ -24,7 +24,7 @@ from megagpt.data.samples.blend import Blend
 from megagpt.data.samples.gpt_dataset import GPTDataset
 from megagpt.data.samples.index_cache import IndexCache
 from megagpt.data.samples.masks import document_boundaries, tokens_to_batch
-from megagpt.data.tokenizers.tokenizer import load_tokenizer
+from megagpt.data.tokenizers.load import load_tokenizer
 
 _BATCH = 8
 _NUM_READ = 40_000

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_PEERS = Path(__file__).with_name("data_peers.py")
+_PEERS = Path(__file__).with_name("peers.py")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Setting:
     """Why there is none; else empty."""
 
     def megatron_job(self, name: str, **arguments: Any) -> Callable[[], Any] | None:
-        """A job of `data_peers.py`, to be called; None where there is no interpreter."""
+        """A job of `peers.py`, to be called; None where there is no interpreter."""
         python = self.megatron
         return None if python is None else lambda: run_peers(python, name, [arguments])[0]
 
@@ -57,7 +57,7 @@ def reason_against(python: str | None) -> str:
 
 
 def run_peers(python: str, name: str, jobs: list[dict[str, Any]]) -> list[Any]:
-    """Runs a job of `data_peers.py` with each of the arguments, all at once.
+    """Runs a job of `peers.py` with each of the arguments, all at once.
 
     Raises:
         RuntimeError: If one fails.

@@ -1,6 +1,6 @@
 """From the configuration's `data` section to a dataset for each split.
 
-Next files: `gpt_dataset.py` (one pair), `blended_dataset.py` (several).
+Next files: `samples/gpt_dataset.py` (one pair), `samples/blended_dataset.py` (several).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 from megagpt.config.schema import DataConfig
 from megagpt.data.indexed.dataset import IndexedDataset, idx_path
-from megagpt.data.indexed.manifest import Manifest, read_manifest
+from megagpt.data.indexed.manifest import Manifest, read_manifest, require_one_tokenizer
+from megagpt.data.indexed.splits import SPLITS, split_bounds
 from megagpt.data.samples.blended_dataset import BlendedDataset, JoinedDataset
 from megagpt.data.samples.gpt_dataset import GPTDataset, MegatronOrder
 from megagpt.data.samples.index_cache import IndexCache
-from megagpt.data.tokenizers.tokenizer import tokenizer_sha256
+from megagpt.data.tokenizers.load import tokenizer_sha256
 from megagpt.files import file_sha256
 
-SPLITS = ("train", "valid", "test")
 # Megatron asks each member of a blend for so many samples more than its share.
 _MEGATRON_SURPLUS = 1.005
 
@@ -164,32 +164,6 @@ def build_datasets(
     return datasets
 
 
-def split_bounds(split: str, num_documents: int) -> list[tuple[int, int]]:
-    """Contiguous ranges of documents for train, valid and test.
-
-    Args:
-        split: Up to three shares, such as `969,30,1`; they need not sum to 1.
-        num_documents: Documents to divide.
-
-    Raises:
-        ValueError: If split is not such shares.
-    """
-    try:
-        shares = [float(share) for share in split.split(",")]
-        valid = 1 <= len(shares) <= 3 and min(shares) >= 0 and 0 < sum(shares) < float("inf")
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ValueError(
-            f"data.split={split} must be up to three shares, none negative, not all 0; "
-            "write it as 969,30,1"
-        )
-    shares += [0.0] * (3 - len(shares))
-    cumulative = np.cumsum([0.0, *shares]) / sum(shares)
-    bounds = [round(share * num_documents) for share in cumulative.tolist()]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
-
-
 def data_fingerprint(data: DataConfig, *, train_samples: int | None = None) -> dict[str, Any]:
     """What a checkpoint keeps to know the data and its order again; no paths.
 
@@ -269,22 +243,12 @@ def _empty_split(data: DataConfig, split: str, source: Source, num_documents: in
 
 
 def _require_one_tokenizer(data: DataConfig, manifests: dict[str, Manifest | None]) -> None:
-    hashes = {
-        prefix: manifest.tokenizer_sha256
-        for prefix, manifest in manifests.items()
-        if manifest is not None
-    }
-    first = next(iter(hashes), None)
-    for prefix, sha256 in hashes.items():
-        if first is not None and sha256 != hashes[first]:
-            raise ValueError(
-                f"{prefix} was made with another tokenizer than {first} ({sha256[:12]}, "
-                f"{hashes[first][:12]}); preprocess both with one"
-            )
-    if data.tokenizer_path is not None and first is not None:
+    known = require_one_tokenizer(manifests)
+    if data.tokenizer_path is not None and known is not None:
+        prefix, manifest = known
         given = tokenizer_sha256(data.tokenizer_path)
-        if given != hashes[first]:
+        if given != manifest.tokenizer_sha256:
             raise ValueError(
                 f"data.tokenizer_path={data.tokenizer_path} ({given[:12]}) is not the tokenizer of "
-                f"{first} ({hashes[first][:12]}); leave it out or preprocess again"
+                f"{prefix} ({manifest.tokenizer_sha256[:12]}); leave it out or preprocess again"
             )

@@ -23,7 +23,7 @@ from megagpt.data.datasets import documents_of, split_sources
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.samples.masks import IGNORE_INDEX
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.model.gpt import GPTModel
 
 _REPORT_SECONDS = 10.0

@@ -10,7 +10,9 @@ from typing import Any
 
 from megagpt.checkpoint.directory import newest_readable
 from megagpt.checkpoint.huggingface.convert import WeightType, export_checkpoint
-from megagpt.data.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megagpt.data.tokenizers.load import load_tokenizer
+from megagpt.data.tokenizers.protocol import Tokenizer
+from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.files import encode_json
 from megagpt.inference.load import find_tokenizer
 

@@ -15,7 +15,8 @@ from megagpt.checkpoint.weights import load_weights
 from megagpt.config.schema import Config
 from megagpt.data.datasets import first_prefix
 from megagpt.data.indexed.manifest import read_manifest
-from megagpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from megagpt.data.tokenizers.load import load_tokenizer, tokenizer_sha256
+from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import VOCABULARY_WEIGHTS
 

@@ -1,7 +1,7 @@
 """Megatron's MMIDIDX pair: `<prefix>.bin` (tokens) and `<prefix>.idx` (where documents begin).
 
 Version 1, as in Megatron-LM's megatron/core/datasets/indexed_dataset.py. Knows nothing of
-tokenizers or samples; `indexed_writer.py` writes pairs, `gpt_dataset.py` makes samples of them.
+tokenizers or samples. Next file: `writer.py`, which writes pairs.
 
 .idx, little-endian: magic (9 bytes), version u64 = 1, dtype code u8, sequences S u64,
 document bounds D u64 (documents + 1), lengths int32[S] in tokens, pointers int64[S] in bytes,
@@ -31,6 +31,9 @@ _DTYPES: dict[int, np.dtype] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 _LARGEST_UINT16_VOCABULARY = 65_499
+
+REMAKE = "make the pair again with tools/preprocess_data.py"
+"""Remedy for a damaged pair."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -67,6 +70,11 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def manifest_path(prefix: str | Path) -> Path:
+    """What a pair was made from, in a file that pairs of other trainers do not have."""
+    return Path(f"{prefix}.manifest.json")
+
+
 class IndexedDataset:
     """A read-only, memory-mapped pair of .bin and .idx.
 
@@ -101,27 +109,26 @@ class IndexedDataset:
                     f"no data at {path}; make it with tools/preprocess_data.py "
                     "(the demo's data: make demo)"
                 )
-        remake = "make the pair again with tools/preprocess_data.py"
         index_stat = index_path.stat()
         index_bytes = index_stat.st_size
         with index_path.open("rb") as file:
             header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
             raise ValueError(
-                f"{index_path} is not an MMIDIDX index (its first bytes differ); {remake}"
+                f"{index_path} is not an MMIDIDX index (its first bytes differ); {REMAKE}"
             )
         _, version, code, num_sequences, num_bounds = _HEADER.unpack(header)
         if version != VERSION:
-            raise ValueError(f"{index_path} has version {version}, readable is {VERSION}; {remake}")
+            raise ValueError(f"{index_path} has version {version}, readable is {VERSION}; {REMAKE}")
         if code not in _DTYPES:
             raise ValueError(
                 f"{index_path} has dtype code {code}, tokens have one of "
-                f"{sorted(_DTYPES)}; {remake}"
+                f"{sorted(_DTYPES)}; {REMAKE}"
             )
         expected = _HEADER.size + 12 * num_sequences + 8 * num_bounds
         if index_bytes != expected or num_bounds == 0:
             raise ValueError(
-                f"{index_path} holds {index_bytes} bytes, its header says {expected}; {remake}"
+                f"{index_path} holds {index_bytes} bytes, its header says {expected}; {REMAKE}"
             )
         self.dtype = _DTYPES[code]
         self.num_sequences = num_sequences
@@ -144,12 +151,12 @@ class IndexedDataset:
         if tokens_bytes != indexed_bytes:
             raise ValueError(
                 f"{tokens_path} holds {tokens_bytes} bytes, {index_path.name} describes "
-                f"{indexed_bytes}; {remake}"
+                f"{indexed_bytes}; {REMAKE}"
             )
         if self.document_indices[0] != 0 or self.document_indices[-1] != num_sequences:
             raise ValueError(
                 f"{index_path} has documents over sequences {self.document_indices[0]} to "
-                f"{self.document_indices[-1]} of {num_sequences}; {remake}"
+                f"{self.document_indices[-1]} of {num_sequences}; {REMAKE}"
             )
         self.num_tokens = tokens_bytes // self.dtype.itemsize
         self.tokens: np.ndarray = (
@@ -232,6 +239,6 @@ class IndexedDataset:
         if not sound:
             raise ValueError(
                 f"{idx_path(self.prefix)} does not list its sequences back to back, so it is "
-                "damaged; make the pair again with tools/preprocess_data.py"
+                f"damaged; {REMAKE}"
             )
         self._sound.add(documents)

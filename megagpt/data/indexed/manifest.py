@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.indexed.dataset import bin_path, idx_path
+from megagpt.data.indexed.dataset import REMAKE, bin_path, idx_path, manifest_path
 from megagpt.data.indexed.writer import IndexedDatasetWriter
-from megagpt.data.tokenizers.tokenizer import Tokenizer
+from megagpt.data.tokenizers.protocol import BYTE_TOKENIZER, Tokenizer
 from megagpt.files import encode_json, write_atomically
 
 FORMAT_VERSION = 2
@@ -69,11 +70,6 @@ class Manifest:
     """Version of this file."""
 
 
-def manifest_path(prefix: str | Path) -> Path:
-    """The manifest of a pair."""
-    return Path(f"{prefix}.manifest.json")
-
-
 def tokenizer_facts(tokenizer: Tokenizer | Manifest) -> dict[str, Any]:
     """The manifest's fields of a tokenizer, or of that of another manifest."""
     if isinstance(tokenizer, Manifest):
@@ -121,7 +117,7 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
 
 def _encode(prefix: str | Path, manifest: Manifest) -> bytes:
     content = dataclasses.asdict(manifest)
-    if manifest.tokenizer_kind != "byte":
+    if manifest.tokenizer_kind != BYTE_TOKENIZER:
         directory = manifest_path(prefix).parent
         content["tokenizer_path"] = os.path.relpath(manifest.tokenizer_path, directory)
     return encode_json(content)
@@ -134,28 +130,27 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         ValueError: If it cannot be read, or .bin or .idx have another size than it says.
     """
     path = manifest_path(prefix)
-    remake = "make the pair again with tools/preprocess_data.py"
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); {remake}") from error
+        raise ValueError(f"{path} is not JSON ({error}); {REMAKE}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version={version}, readable is {FORMAT_VERSION}; {remake}"
+            f"{path} has format_version={version}, readable is {FORMAT_VERSION}; {REMAKE}"
         )
     try:
         content["sources"] = tuple(Source(**source) for source in content["sources"])
         content["bin_crc32"] = tuple(content["bin_crc32"])
-        if content["tokenizer_kind"] != "byte":
+        if content["tokenizer_kind"] != BYTE_TOKENIZER:
             joined = os.path.join(path.parent, content["tokenizer_path"])
             content["tokenizer_path"] = os.path.normpath(joined)
         manifest = Manifest(**content)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} does not have the manifest's fields ({error}); {remake}"
+            f"{path} does not have the manifest's fields ({error}); {REMAKE}"
         ) from error
     for file, size in (
         (bin_path(prefix), manifest.bin_bytes),
@@ -164,5 +159,31 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             found = "is missing" if actual is None else f"holds {actual} bytes"
-            raise ValueError(f"{file} {found}, {path.name} says {size} bytes; {remake}")
+            raise ValueError(f"{file} {found}, {path.name} says {size} bytes; {REMAKE}")
     return manifest
+
+
+def require_one_tokenizer(
+    manifests: Mapping[str, Manifest | None],
+) -> tuple[str, Manifest] | None:
+    """Checks that pairs were made with one tokenizer, as far as their manifests tell.
+
+    Args:
+        manifests: By prefix.
+
+    Returns:
+        The first pair that has a manifest, with it; None where none has.
+
+    Raises:
+        ValueError: If two differ.
+    """
+    known = [(prefix, manifest) for prefix, manifest in manifests.items() if manifest is not None]
+    for prefix, manifest in known:
+        first_prefix, first = known[0]
+        if manifest.tokenizer_sha256 != first.tokenizer_sha256:
+            raise ValueError(
+                f"{prefix} was made with another tokenizer than {first_prefix} "
+                f"({manifest.tokenizer_sha256[:12]}, {first.tokenizer_sha256[:12]}); preprocess "
+                "both with one"
+            )
+    return known[0] if known else None

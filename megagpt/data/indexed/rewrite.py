@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.datasets import SPLITS, split_bounds
-from megagpt.data.indexed.dataset import IndexedDataset, bin_path, idx_path
+from megagpt.data.indexed.dataset import IndexedDataset, bin_path, idx_path, manifest_path
 from megagpt.data.indexed.manifest import (
     Manifest,
-    manifest_path,
     publish_pair,
     read_manifest,
+    require_one_tokenizer,
     tokenizer_facts,
     write_manifest,
 )
+from megagpt.data.indexed.splits import SPLITS, split_bounds
 from megagpt.data.indexed.verify import checksums, verify
 from megagpt.data.indexed.writer import IndexedDatasetWriter
-from megagpt.data.tokenizers.tokenizer import load_tokenizer
+from megagpt.data.tokenizers.load import load_tokenizer
 from megagpt.files import file_sha256
 
 _COPY_ITEMS = 1 << 20
@@ -39,18 +39,13 @@ def merge(inputs: Sequence[str | Path], output_prefix: str | Path) -> IndexedDat
     _require_other_output(inputs, output_prefix)
     opened = [IndexedDataset(prefix) for prefix in inputs]
     manifests = [read_manifest(prefix) for prefix in inputs]
-    for indexed, manifest in zip(opened, manifests, strict=True):
+    for indexed in opened:
         if indexed.dtype != opened[0].dtype:
             raise ValueError(
                 f"{indexed.prefix} stores {indexed.dtype}, {opened[0].prefix} {opened[0].dtype}; "
                 "preprocess both with one tokenizer"
             )
-        first = manifests[0]
-        if first and manifest and manifest.tokenizer_sha256 != first.tokenizer_sha256:
-            raise ValueError(
-                f"{indexed.prefix} was made with another tokenizer than {opened[0].prefix}; "
-                "preprocess both with one"
-            )
+    require_one_tokenizer(dict(zip(map(str, inputs), manifests, strict=True)))
     with IndexedDatasetWriter(output_prefix, opened[0].dtype) as writer:
         for indexed in opened:
             _copy(indexed, range(indexed.num_documents), writer)
@@ -164,5 +159,5 @@ def _copy(indexed: IndexedDataset, documents: range, writer: IndexedDatasetWrite
 
 def _require_other_output(inputs: Sequence[str | Path], output: str | Path) -> None:
     for prefix in inputs:
-        if Path(f"{prefix}.bin").resolve() == Path(f"{output}.bin").resolve():
+        if bin_path(prefix).resolve() == bin_path(output).resolve():
             raise ValueError(f"{output} is an input too; name another output prefix")

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.indexed.dataset import IndexedDataset, bin_path, idx_path
-from megagpt.data.indexed.manifest import Manifest, manifest_path, read_manifest
+from megagpt.data.indexed.dataset import REMAKE, IndexedDataset, bin_path, idx_path, manifest_path
+from megagpt.data.indexed.manifest import Manifest, read_manifest
 from megagpt.data.indexed.writer import CHECKSUM_BLOCK_BYTES, read_blocks
 from megagpt.files import file_sha256
 
 _STEP_BYTES = 1 << 20
+_REMEDY = f"fetch it again, or {REMAKE}"
 
 
-def verify(
-    prefix: str | Path,
-    *,
-    vocab_size: int | None = None,
-    report: Callable[[str], None] | None = None,
-) -> Manifest | None:
+def verify(prefix: str | Path, *, vocab_size: int | None = None) -> Manifest | None:
     """Checks every byte of a pair.
 
     Without a manifest the index must be sound and every token lie in the vocabulary, if one is
@@ -30,7 +26,6 @@ def verify(
     Args:
         prefix: Path of the pair without its suffix.
         vocab_size: Bound of the tokens; default: the manifest's.
-        report: Called with a line for each block of .bin.
 
     Returns:
         The manifest, or None where there is none.
@@ -40,11 +35,10 @@ def verify(
     """
     indexed, manifest = IndexedDataset(prefix), read_manifest(prefix)
     indexed.require_sound()
-    remake = "fetch it again, or make the pair again with tools/preprocess_data.py"
     if manifest is not None:
-        _compare_counts(indexed, manifest, remake)
+        _compare_counts(indexed, manifest)
         if file_sha256(idx_path(prefix)) != manifest.idx_sha256:
-            raise ValueError(f"{idx_path(prefix)} has changed since it was made; {remake}")
+            raise ValueError(f"{idx_path(prefix)} has changed since it was made; {_REMEDY}")
         vocab_size = manifest.vocab_size
     size = bin_path(prefix).stat().st_size
     for number, (crc32, smallest, largest) in enumerate(_blocks(indexed)):
@@ -52,14 +46,12 @@ def verify(
         end = min(begin + CHECKSUM_BLOCK_BYTES, size)
         where = f"{bin_path(prefix)} in bytes {begin} to {end}"
         if manifest is not None and crc32 != manifest.bin_crc32[number]:
-            raise ValueError(f"{where} has changed since it was made; {remake}")
+            raise ValueError(f"{where} has changed since it was made; {_REMEDY}")
         if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
             token = smallest if smallest < 0 else largest
             raise ValueError(
-                f"{where} holds token {token}, which no vocabulary of {vocab_size} has; {remake}"
+                f"{where} holds token {token}, which no vocabulary of {vocab_size} has; {_REMEDY}"
             )
-        if report is not None:
-            report(f"{where}: sound")
     return manifest
 
 
@@ -87,7 +79,7 @@ def _blocks(indexed: IndexedDataset) -> Iterator[tuple[int, int, int]]:
         yield crc32, smallest, largest
 
 
-def _compare_counts(indexed: IndexedDataset, manifest: Manifest, remake: str) -> None:
+def _compare_counts(indexed: IndexedDataset, manifest: Manifest) -> None:
     for name, actual in (
         ("dtype", indexed.dtype.name),
         ("num_tokens", indexed.num_tokens),
@@ -97,5 +89,5 @@ def _compare_counts(indexed: IndexedDataset, manifest: Manifest, remake: str) ->
         if actual != said:
             raise ValueError(
                 f"{manifest_path(indexed.prefix)} says {name}={said}, the index has {actual}; "
-                f"{remake}"
+                f"{_REMEDY}"
             )

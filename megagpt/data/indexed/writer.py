@@ -17,7 +17,13 @@ from types import TracebackType
 
 import numpy as np
 
-from megagpt.data.indexed.dataset import bin_path, dtype_code, encode_header, idx_path
+from megagpt.data.indexed.dataset import (
+    bin_path,
+    dtype_code,
+    encode_header,
+    idx_path,
+    manifest_path,
+)
 from megagpt.files import flush_to_disk, sync_directory, write_atomically
 
 CHECKSUM_BLOCK_BYTES = 64 << 20
@@ -219,7 +225,7 @@ class IndexedDatasetWriter:
         Args:
             sidecar: Content of the manifest; None leaves the pair without one.
         """
-        manifest = Path(f"{self.prefix}.manifest.json")
+        manifest = manifest_path(self.prefix)
         idx_path(self.prefix).unlink(missing_ok=True)
         manifest.unlink(missing_ok=True)
         (self.directory / "tokens").rename(bin_path(self.prefix))

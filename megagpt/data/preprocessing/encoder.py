@@ -17,10 +17,11 @@ import numpy as np
 from megagpt.data.indexed.dataset import token_dtype
 from megagpt.data.indexed.writer import encode_tokens
 from megagpt.data.native import CHUNK_CACHE_BYTES, address, load_native
-from megagpt.data.tokenizers.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from megagpt.data.tokenizers.byte import ByteTokenizer
+from megagpt.data.tokenizers.protocol import Tokenizer
+from megagpt.data.tokenizers.sentencepiece import SPACE_MARK, SentencePieceTokenizer
 
 _BPE, _NORMAL, _USER_DEFINED, _UNUSED, _BYTE = 2, 1, 4, 5, 6  # of sentencepiece_model.proto
-_SPACE_MARK = "\u2581"
 _COMPARED_BYTES = 200_000
 # The compiled encoder writes three tokens at a time and moves on by as many as there were.
 _SLACK_TOKENS = 4
@@ -139,7 +140,7 @@ def native_bpe_problem(tokenizer: SentencePieceTokenizer) -> str | None:
         return "the model marks spaces in another way"
     if sum(piece.type == _BYTE for piece in pieces) != 256:
         return "the model has no byte fallback"
-    if not any(piece.piece == _SPACE_MARK and piece.type == _NORMAL for piece in pieces):
+    if not any(piece.piece == SPACE_MARK and piece.type == _NORMAL for piece in pieces):
         return "the model has no piece for a space"
     if any(piece.type == _UNUSED for piece in pieces):
         return "the model has unused pieces"

@@ -1,6 +1,6 @@
 """One shard of a preprocessing job: some 16 MB of input, encoded by one process into two files.
 
-Next file: `preprocess.py`, which plans shards and joins them.
+Next files: `workers.py`, whose processes do so, and `partial_pair.py`, which joins the shards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from megagpt.data.preprocessing.documents import (
     BadDocument,
@@ -19,15 +18,11 @@ from megagpt.data.preprocessing.documents import (
     split_file,
 )
 from megagpt.data.preprocessing.encoder import DocumentEncoder
+from megagpt.data.preprocessing.faults import NO_TEXT, OnError
 
 SHARD_BYTES = 16 << 20
-NO_TEXT = "no text"
-"""Reason of an empty document, which is no fault."""
-
 _BATCH_BYTES = 1 << 20
 _LISTED = 10
-
-OnError = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Shard:
 
 @dataclass
 class PartCounts:
-    """What was in one part."""
+    """What was in one part, or so far in one file."""
 
     num_lines: int = 0
     num_documents: int = 0

@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megagpt.data.preprocessing.encoder import DocumentEncoder
-from megagpt.data.preprocessing.shards import EncodedShard, OnError, Shard, encode_shard
-from megagpt.data.tokenizers.tokenizer import load_tokenizer
+from megagpt.data.preprocessing.faults import OnError
+from megagpt.data.preprocessing.shards import EncodedShard, Shard, encode_shard
+from megagpt.data.tokenizers.load import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.indexed.dataset import IndexedDataset
-from megagpt.data.indexed.manifest import manifest_path
+from megagpt.data.indexed.dataset import IndexedDataset, manifest_path
 from megagpt.data.samples.order import SampleIndex
 from megagpt.files import file_sha256, flush_to_disk
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.data.tokenizers.tokenizer import require_token
+from megagpt.data.tokenizers.protocol import read_tokenizer_file, require_tokens
 
 # Names that model families give to the token between documents, the more particular first.
 EOD_TOKENS = (
@@ -43,9 +43,7 @@ class HuggingFaceTokenizer:
                 f"{path} needs the library tokenizers; pip install 'megagpt[huggingface]'"
             ) from error
         self.path = str(path)
-        if not Path(path).is_file():
-            raise ValueError(f"no tokenizer at {path}; give an existing tokenizer.json")
-        content = Path(path).read_bytes()
+        content = read_tokenizer_file(path)
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -77,6 +75,5 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens give none."""
-        for token in ids:
-            require_token(token, self.vocab_size)
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        tokens = require_tokens(ids, self.vocab_size)
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)

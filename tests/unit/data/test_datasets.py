@@ -1,4 +1,4 @@
-"""The `data` section becomes datasets: blends, several validation sets, sizes that overflow."""
+"""The `data` section becomes datasets: splits, blends, validation sets, sizes that overflow."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from megagpt.data.indexed.writer import IndexedDatasetWriter
 from megagpt.data.preprocessing.preprocess import preprocess
 from megagpt.data.samples.blended_dataset import BlendedDataset, JoinedDataset
 from megagpt.data.samples.gpt_dataset import PAD, GPTDataset
+from megagpt.data.tokenizers.sentencepiece import train_sentencepiece
 
 
 def write_pair(prefix, value, *, documents=10, length=10):
@@ -17,6 +18,14 @@ def write_pair(prefix, value, *, documents=10, length=10):
         for _ in range(documents):
             writer.add_document([value] * length)
     return str(prefix)
+
+
+def write_documents(prefix, lengths):
+    begin = 0
+    with IndexedDatasetWriter(prefix, np.dtype("int32")) as writer:
+        for length in lengths:
+            writer.add_document(np.arange(begin, begin + length))
+            begin += length
 
 
 def build(data, **options):
@@ -140,3 +149,63 @@ def test_replay_of_a_blend_needs_its_weights(tmp_path):
 def test_blends_that_mean_nothing_are_refused(paths, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(path=paths)
+
+
+def test_one_pair_is_split_and_empty_splits_left_out_or_explained(tmp_path):
+    prefix = str(tmp_path / "a")
+    write_documents(prefix, [10] * 10)
+    datasets = build_datasets(DataConfig(path=prefix, split="8,2"), seq_length=4, seed=0)
+    assert list(datasets) == ["train", "valid"]
+    assert datasets["train"].shuffle and not datasets["valid"].shuffle
+    assert datasets["valid"].num_tokens == 20
+    assert np.concatenate(list(datasets["train"])).max() < 80
+    with pytest.raises(ValueError, match=r"test split is empty.*--data.split=8,2 .* 10 documents"):
+        build_datasets(
+            DataConfig(path=prefix, split="8,2"), seq_length=4, seed=0, required=("test",)
+        )
+    with pytest.raises(ValueError, match="train split is empty"):
+        build_datasets(DataConfig(path=prefix, split="0,1,1"), seq_length=4, seed=0)
+
+
+def test_one_pair_a_split(tmp_path):
+    paths = {name: str(tmp_path / name) for name in ("train", "valid")}
+    write_documents(paths["train"], [10] * 3)
+    write_documents(paths["valid"], [5])
+    data = DataConfig(train_path=paths["train"], valid_path=paths["valid"])
+    datasets = build_datasets(data, seq_length=4, seed=0)
+    assert {name: each.num_tokens for name, each in datasets.items()} == {"train": 30, "valid": 5}
+    with pytest.raises(ValueError, match="no test data is named; give --data.test_path"):
+        build_datasets(data, seq_length=4, seed=0, required=("test",))
+
+
+def test_missing_data_names_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"no data at .*x\.idx; .*preprocess_data"):
+        build_datasets(DataConfig(path=str(tmp_path / "x")), seq_length=4, seed=0)
+    with pytest.raises(ValueError, match="no data is named"):
+        build_datasets(DataConfig(), seq_length=4, seed=0)
+
+
+def test_pairs_of_different_tokenizers_are_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("so long lives this and this gives life to thee\n" * 20)
+    model = tmp_path / "t.model"
+    train_sentencepiece(iter([text.read_text()]), model, vocab_size=300)
+    for name, tokenizer in (("train", "byte"), ("valid", model)):
+        preprocess([text], tmp_path / name, tokenizer_path=tokenizer)
+    train, valid = str(tmp_path / "train"), str(tmp_path / "valid")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        build_datasets(DataConfig(train_path=train, valid_path=valid), seq_length=4, seed=0)
+    with pytest.raises(ValueError, match=r"data.tokenizer_path=.*t.model .* not the tokenizer"):
+        build_datasets(
+            DataConfig(train_path=train, tokenizer_path=str(model)), seq_length=4, seed=0
+        )
+
+
+def test_fingerprint_knows_the_data_after_a_move_and_not_after_a_change(tmp_path):
+    prefixes = [str(tmp_path / name) for name in "abc"]
+    for prefix, lengths in zip(prefixes, [[4, 5], [4, 5], [5, 4]], strict=True):
+        write_documents(prefix, lengths)
+    one, same, other = (data_fingerprint(DataConfig(path=prefix)) for prefix in prefixes)
+    assert one == same != other
+    assert one != data_fingerprint(DataConfig(path=prefixes[0], split="1,1"))
+    assert one["train"][0]["num_tokens"] == 9

@@ -10,7 +10,7 @@ import torch
 
 from megagpt.config.schema import Config, DataConfig, ModelConfig
 from megagpt.data.preprocessing.preprocess import preprocess
-from megagpt.data.tokenizers.tokenizer import ByteTokenizer
+from megagpt.data.tokenizers.byte import ByteTokenizer
 from megagpt.inference.evaluate import SplitText, evaluate, read_split, total_loss
 from megagpt.inference.load import build_model
 from megagpt.model.gpt import GPTModel

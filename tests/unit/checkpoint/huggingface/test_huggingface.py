@@ -50,7 +50,8 @@ from megagpt.checkpoint.huggingface.names import (
 from megagpt.checkpoint.same_run import refuse_other_run
 from megagpt.checkpoint.weights import load_weights
 from megagpt.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
-from megagpt.data.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
+from megagpt.data.tokenizers.load import load_tokenizer
+from megagpt.data.tokenizers.sentencepiece import train_sentencepiece
 from megagpt.inference.export import export, tokenizer_files
 from megagpt.inference.load import build_model, load
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from megagpt.data.indexed.dataset import IndexedDataset
-from megagpt.data.indexed.manifest import manifest_path, read_manifest, write_manifest
+from megagpt.data.indexed.dataset import IndexedDataset, manifest_path
+from megagpt.data.indexed.manifest import read_manifest, write_manifest
 from megagpt.data.indexed.rewrite import adopt, merge, split
 from megagpt.data.indexed.verify import verify
 from megagpt.data.indexed.writer import IndexedDatasetWriter
@@ -36,8 +36,8 @@ def test_a_sound_pair_passes_with_and_without_its_manifest(pair):
 
 
 def test_every_changed_byte_of_bin_is_found_in_its_block(pair, monkeypatch):
-    for module in ("indexed_writer", "verify"):
-        monkeypatch.setattr(f"megagpt.data.{module}.CHECKSUM_BLOCK_BYTES", 1000)
+    for module in ("writer", "verify"):
+        monkeypatch.setattr(f"megagpt.data.indexed.{module}.CHECKSUM_BLOCK_BYTES", 1000)
     monkeypatch.setattr("megagpt.data.indexed.verify._STEP_BYTES", 250)
     preprocess([f"{pair}.jsonl"], pair, tokenizer_path="byte")
     tokens = pair.with_suffix(".bin")

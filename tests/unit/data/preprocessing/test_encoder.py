@@ -12,14 +12,14 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megagpt.data.native import load_native
 from megagpt.data.preprocessing.encoder import DocumentEncoder, NativeBpe, compare_with_tokenizer
-from megagpt.data.tokenizers.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[4]
 LETTERS = "съешьжеещёэтихмягкихфранцузскихбулокдавыпейчаю" * 2
 IDEOGRAPHS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜" * 2
 TEXT = "\n".join(
     [
-        (ROOT / "megagpt/data/tokenizers/tokenizer.py").read_text() * 2,
+        (ROOT / "megagpt/data/preprocessing/documents.py").read_text() * 2,
         (ROOT / "README.md").read_text()[:8000],
         "Съешь же ещё этих мягких французских булок, да выпей чаю.\n" * 5 + LETTERS,
         "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。\n" * 5 + IDEOGRAPHS,

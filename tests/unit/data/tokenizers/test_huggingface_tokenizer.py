@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.preprocessing.preprocess import preprocess
-from megagpt.data.tokenizers.tokenizer import load_tokenizer
+from megagpt.data.tokenizers.load import load_tokenizer
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
 

@@ -1,7 +1,6 @@
-"""Text to token ids and back: SentencePiece models, Hugging Face's tokenizer.json, plain bytes.
+"""SentencePiece: models of any origin, and the training of our own.
 
-A tokenizer never turns text into a control symbol: `<eod>` in a document stays text. Models that
-`train_sentencepiece` makes give back every text exactly.
+Models that `train_sentencepiece` makes give back every text exactly.
 """
 
 from __future__ import annotations
@@ -11,55 +10,16 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import sentencepiece
 
-from megagpt.files import file_sha256, write_atomically
+from megagpt.data.tokenizers.protocol import read_tokenizer_file, require_tokens
+from megagpt.files import write_atomically
 
-EOD_PIECE = "<eod>"
-BYTE_TOKENIZER = "byte"
-_NUM_BYTES = 256
-# SentencePiece writes a space as U+2581 and decodes both to a space.
-_SPACE_MARK = "\u2581"
-
-
-class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
-
-    kind: str
-    path: str
-    sha256: str
-    vocab_size: int
-    eod: int
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without an end of document."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control symbols give none, broken UTF-8 gives U+FFFD."""
-        ...
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, and 256 for the end of a document."""
-
-    kind = BYTE_TOKENIZER
-    path = BYTE_TOKENIZER
-    sha256 = hashlib.sha256(b"megagpt byte tokenizer: ids 0-255 bytes, 256 eod").hexdigest()
-    vocab_size = _NUM_BYTES + 1
-    eod = _NUM_BYTES
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without an end of document."""
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        for token in ids:
-            require_token(token, self.vocab_size)
-        return bytes(token for token in ids if token != self.eod).decode(errors="replace")
+SPACE_MARK = "\u2581"
+"""What SentencePiece writes for a space; it decodes both to a space."""
+_EOD_PIECE = "<eod>"
 
 
 class SentencePieceTokenizer:
@@ -76,12 +36,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        if not Path(path).is_file():
-            raise ValueError(
-                f"no tokenizer at {path}; give a SentencePiece .model (train one with "
-                f"tools/train_tokenizer.py) or `{BYTE_TOKENIZER}`"
-            )
-        content = Path(path).read_bytes()
+        content = read_tokenizer_file(path)
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -90,18 +45,18 @@ class SentencePieceTokenizer:
                 f"{path} is not a SentencePiece model; train one with tools/train_tokenizer.py"
             ) from error
         self.vocab_size: int = self._processor.vocab_size()
-        eod = self._processor.piece_to_id(EOD_PIECE)
+        eod = self._processor.piece_to_id(_EOD_PIECE)
         if not self._processor.is_control(eod):
             eod = self._processor.eos_id()
         if eod < 0:
             raise ValueError(
-                f"{path} has no control symbol {EOD_PIECE} nor an end-of-sentence symbol to end "
+                f"{path} has no control symbol {_EOD_PIECE} nor an end-of-sentence symbol to end "
                 "documents with; train the model with one"
             )
         self.eod: int = eod
-        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         # A model that prefixes texts with a space would do so after each cut.
-        prefixes = self._processor.encode("a", out_type=str)[0].startswith(_SPACE_MARK)
+        prefixes = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         splits = all(self._processor.is_byte(piece) for piece in mark) and not prefixes
         self._mark_ids = mark if splits else None
         self._content = content
@@ -121,50 +76,16 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end of document."""
-        if self._mark_ids is None or _SPACE_MARK not in text:
+        if self._mark_ids is None or SPACE_MARK not in text:
             return self._processor.encode(text, out_type=int)
-        first, *rest = self._processor.encode(text.split(_SPACE_MARK), out_type=int)
+        first, *rest = self._processor.encode(text.split(SPACE_MARK), out_type=int)
         for ids in rest:
             first += self._mark_ids + ids
         return first
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
-        for token in ids:
-            require_token(token, self.vocab_size)
-        return self._processor.decode([int(token) for token in ids])
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a tokenizer.
-
-    Args:
-        path: A SentencePiece .model file, a tokenizer.json, or `byte`.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if str(path) == BYTE_TOKENIZER:
-        return ByteTokenizer()
-    if Path(path).suffix == ".json":
-        # An extra: loaded by those who name such a file only.
-        from megagpt.data.tokenizers.huggingface import HuggingFaceTokenizer
-
-        return HuggingFaceTokenizer(path)
-    return SentencePieceTokenizer(path)
-
-
-def tokenizer_sha256(path: str | Path) -> str:
-    """Hash by which a manifest knows a tokenizer.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
-    if str(path) == BYTE_TOKENIZER:
-        return ByteTokenizer.sha256
-    if not Path(path).is_file():
-        raise ValueError(f"no tokenizer at {path}; give a SentencePiece .model or tokenizer.json")
-    return file_sha256(path)
+        return self._processor.decode(require_tokens(ids, self.vocab_size))
 
 
 def train_sentencepiece(
@@ -203,7 +124,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=True,
             unk_id=0,
             eos_id=1,
-            eos_piece=EOD_PIECE,
+            eos_piece=_EOD_PIECE,
             bos_id=-1,
             pad_id=-1,
             input_sentence_size=2_000_000,
@@ -235,16 +156,3 @@ def _training_error(message: str, vocab_size: int) -> str:
     return (
         f"SentencePiece cannot train with vocab_size={vocab_size}: {message}; change it or the text"
     )
-
-
-def require_token(token: int, vocab_size: int) -> None:
-    """Checks an id that is to be decoded.
-
-    Raises:
-        ValueError: If it is outside the vocabulary.
-    """
-    if not 0 <= token < vocab_size:
-        raise ValueError(
-            f"token {token} is outside the vocabulary of {vocab_size}; decode with the tokenizer "
-            "that encoded it"
-        )
