@@ -7,6 +7,7 @@ value is kept. Knows nothing of torch. Next file: `deepspeed_config.py`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from megagpt.config.schema import Config
 
 _VALUE_OPTIONS = ("config", "preset", "ds_config", "local_rank", "local-rank")
 _SWITCHES = ("print_config", "help")
+_SETTINGS: dict[str, Setting] = leaves(Config)
+_SECTIONS = sorted({key.rpartition(".")[0] for key in _SETTINGS} - {""})
 
 
 @lru_cache(maxsize=1)
@@ -44,7 +47,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         "--print_config", action="store_true", help="print the resolved YAML and stop"
     )
     groups: dict[str, Any] = {"": parser}
-    for key, setting in _settings().items():
+    for key, setting in _SETTINGS.items():
         section = key.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
@@ -79,7 +82,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str
         build_parser().print_help()
         raise SystemExit(0)
     values: dict[str, Any] = {}
-    sources = dict.fromkeys(_settings(), "default")
+    sources = dict.fromkeys(_SETTINGS, "default")
 
     def merge(layer: Mapping[str, Any], source: str) -> None:
         values.update(layer)
@@ -106,13 +109,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested plain values, fit for YAML and JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
@@ -125,19 +122,9 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     return _build(_typed(_flatten(values, where=where), where=where))
 
 
-@lru_cache(maxsize=1)
-def _settings() -> dict[str, Setting]:
-    return leaves(Config)
-
-
-@lru_cache(maxsize=1)
-def _sections() -> list[str]:
-    return sorted({key.rpartition(".")[0] for key in _settings()} - {""})
-
-
 def _split_arguments(argv: list[str]) -> list[tuple[str, str]]:
     """Pairs of name and text; a switch has an empty text."""
-    known = [*_settings(), *_VALUE_OPTIONS, *_SWITCHES]
+    known = [*_SETTINGS, *_VALUE_OPTIONS, *_SWITCHES]
     pairs: list[tuple[str, str]] = []
     rest = list(argv)
     while rest:
@@ -205,22 +192,21 @@ def _flatten(values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
     Raises:
         ValueError: For an unknown key, with the nearest name, or a section that is not one.
     """
-    settings, sections = _settings(), _sections()
     flat: dict[str, Any] = {}
-    for key, value in leaves(values, sections=sections).items():
-        if key in settings:
+    for key, value in leaves(values, sections=_SECTIONS).items():
+        if key in _SETTINGS:
             flat[key] = value
-        elif key in sections:
+        elif key in _SECTIONS:
             if value is not None:
                 raise ValueError(
                     f"section '{key}' in {where} is {value!r}, not keys with values; "
                     f"write '{key}:' and its keys below"
                 )
         elif isinstance(value, Mapping) and "." not in key:
-            hint = did_you_mean(key, sections) or f"; the sections are {', '.join(sections)}"
+            hint = did_you_mean(key, _SECTIONS) or f"; the sections are {', '.join(_SECTIONS)}"
             raise ValueError(f"unknown section '{key}' in {where}{hint}")
         else:
-            hint = did_you_mean(key, settings) or "; --help lists all keys"
+            hint = did_you_mean(key, _SETTINGS) or "; --help lists all keys"
             raise ValueError(f"unknown key '{key}' in {where}{hint}")
     return flat
 
@@ -234,7 +220,7 @@ def _typed(flat: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         except (jsonargparse.ArgumentError, ValueError):
             raise ValueError(
                 f"{key}={value!r} in {where} has the wrong type; "
-                f"give {_describe(_settings()[key].type)}"
+                f"give {_describe(_SETTINGS[key].type)}"
             ) from None
     return typed
 
@@ -244,7 +230,7 @@ def _typed_flag(key: str, text: str) -> Any:
         return _finite(build_parser().parse_args([f"--{key}={text}"], defaults=False)[key])
     except (jsonargparse.ArgumentError, ValueError):
         raise UsageError(
-            f"--{key}={text} has the wrong type; give {_describe(_settings()[key].type)}"
+            f"--{key}={text} has the wrong type; give {_describe(_SETTINGS[key].type)}"
         ) from None
 
 
