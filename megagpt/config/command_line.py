@@ -6,13 +6,11 @@ value is kept. Knows nothing of torch. Next file: `deepspeed_config.py`.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import inspect
+import json
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,18 @@ import yaml  # type: ignore[import-untyped]
 
 from megagpt.config.command import UsageError
 from megagpt.config.deepspeed_config import DEFAULT_DS_CONFIG, read_ds_config
+from megagpt.config.dotted_keys import Setting, did_you_mean, leaves
 from megagpt.config.presets import PRESETS
+from megagpt.config.refusals import refuse_settings
 from megagpt.config.schema import Config
 
 _VALUE_OPTIONS = ("config", "preset", "ds_config", "local_rank", "local-rank")
 _SWITCHES = ("print_config", "help")
+_SETTINGS: dict[str, Setting] = leaves(Config)
+_SECTIONS = sorted({key.rpartition(".")[0] for key in _SETTINGS} - {""})
 
 
+@lru_cache(maxsize=1)
 def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of one flag for every setting; it types values and prints the help."""
     parser = jsonargparse.ArgumentParser(
@@ -44,13 +47,16 @@ def build_parser() -> jsonargparse.ArgumentParser:
         "--print_config", action="store_true", help="print the resolved YAML and stop"
     )
     groups: dict[str, Any] = {"": parser}
-    for key, leaf in _leaves().items():
+    for key, setting in _SETTINGS.items():
         section = key.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         # argparse takes % as a format.
         groups[section].add_argument(
-            f"--{key}", type=leaf.type, default=leaf.default, help=leaf.help.replace("%", "%%")
+            f"--{key}",
+            type=setting.type,
+            default=setting.default,
+            help=setting.help.replace("%", "%%"),
         )
     return parser
 
@@ -76,7 +82,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str
         build_parser().print_help()
         raise SystemExit(0)
     values: dict[str, Any] = {}
-    sources = dict.fromkeys(_leaves(), "default")
+    sources = dict.fromkeys(_SETTINGS, "default")
 
     def merge(layer: Mapping[str, Any], source: str) -> None:
         values.update(layer)
@@ -103,13 +109,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested plain values, fit for YAML and JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
@@ -122,52 +122,9 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     return _build(_typed(_flatten(values, where=where), where=where))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    type: Any
-    default: Any
-    help: str
-
-
-@lru_cache(maxsize=1)
-def _leaves() -> dict[str, _Leaf]:
-    """Every setting by its dotted key, in the order of the schema."""
-    leaves: dict[str, _Leaf] = {}
-
-    def walk(owner: type, prefix: str) -> None:
-        types, texts = typing.get_type_hints(owner), _field_docstrings(owner)
-        for field in dataclasses.fields(owner):
-            kind = types[field.name]
-            if dataclasses.is_dataclass(kind):
-                walk(typing.cast(type, kind), f"{prefix}{field.name}.")
-            else:
-                leaves[prefix + field.name] = _Leaf(kind, field.default, texts.get(field.name, ""))
-
-    walk(Config, "")
-    return leaves
-
-
-def _field_docstrings(owner: type) -> dict[str, str]:
-    """The string under each field, which Python itself does not keep."""
-    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(owner)).body[0]).body
-    return {
-        field.target.id: str(text.value.value)
-        for field, text in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
-
-
-@lru_cache(maxsize=1)
-def _parser() -> jsonargparse.ArgumentParser:
-    return build_parser()
-
-
 def _split_arguments(argv: list[str]) -> list[tuple[str, str]]:
     """Pairs of name and text; a switch has an empty text."""
-    known = [*_leaves(), *_VALUE_OPTIONS, *_SWITCHES]
+    known = [*_SETTINGS, *_VALUE_OPTIONS, *_SWITCHES]
     pairs: list[tuple[str, str]] = []
     rest = list(argv)
     while rest:
@@ -180,7 +137,7 @@ def _split_arguments(argv: list[str]) -> list[tuple[str, str]]:
                 f"unexpected argument '{argument}'; give settings as --section.key VALUE"
             )
         if name not in known:
-            hint = _did_you_mean(name, known, "--") or "; --help lists all flags"
+            hint = did_you_mean(name, known, "--") or "; --help lists all flags"
             raise UsageError(f"unknown flag '--{name}'{hint}")
         if name in _SWITCHES:
             if equals:
@@ -191,18 +148,6 @@ def _split_arguments(argv: list[str]) -> list[tuple[str, str]]:
             text = rest.pop(0)
         pairs.append((name, text))
     return pairs
-
-
-def _did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
-    """A hint with the nearest name, or an empty text."""
-    candidates = list(candidates)
-    near = difflib.get_close_matches(name, candidates, n=1)
-    if not near:
-        # The key may be right and its section wrong or forgotten.
-        by_key = {c.rpartition(".")[2]: c for c in candidates}
-        keys = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1, cutoff=0.8)
-        near = [by_key[k] for k in keys]
-    return f"; did you mean '{prefix}{near[0]}'?" if near else ""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -247,28 +192,22 @@ def _flatten(values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
     Raises:
         ValueError: For an unknown key, with the nearest name, or a section that is not one.
     """
-    leaves = _leaves()
-    sections = {key.partition(".")[0] for key in leaves if "." in key}
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in sections and value is None:
-            continue
-        if name in sections and not isinstance(value, Mapping):
-            raise ValueError(
-                f"section '{name}' in {where} is {value!r}, not keys with values; "
-                f"write '{name}:' and its keys below"
-            )
-        nested = value.items() if isinstance(value, Mapping) and name not in leaves else None
-        items = [(f"{name}.{k}", v) for k, v in nested] if nested is not None else [(name, value)]
-        if nested is not None and name not in sections:
-            hint = _did_you_mean(str(name), sections)
-            hint = hint or f"; the sections are {', '.join(sorted(sections))}"
-            raise ValueError(f"unknown section '{name}' in {where}{hint}")
-        for key, leaf_value in items:
-            if key not in leaves:
-                hint = _did_you_mean(str(key), leaves) or "; --help lists all keys"
-                raise ValueError(f"unknown key '{key}' in {where}{hint}")
-            flat[key] = leaf_value
+    for key, value in leaves(values, sections=_SECTIONS).items():
+        if key in _SETTINGS:
+            flat[key] = value
+        elif key in _SECTIONS:
+            if value is not None:
+                raise ValueError(
+                    f"section '{key}' in {where} is {value!r}, not keys with values; "
+                    f"write '{key}:' and its keys below"
+                )
+        elif isinstance(value, Mapping) and "." not in key:
+            hint = did_you_mean(key, _SECTIONS) or f"; the sections are {', '.join(_SECTIONS)}"
+            raise ValueError(f"unknown section '{key}' in {where}{hint}")
+        else:
+            hint = did_you_mean(key, _SETTINGS) or "; --help lists all keys"
+            raise ValueError(f"unknown key '{key}' in {where}{hint}")
     return flat
 
 
@@ -277,21 +216,21 @@ def _typed(flat: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for key, value in flat.items():
         try:
-            typed[key] = _finite(_parser().parse_object({key: value}, defaults=False)[key])
+            typed[key] = _finite(build_parser().parse_object({key: value}, defaults=False)[key])
         except (jsonargparse.ArgumentError, ValueError):
             raise ValueError(
                 f"{key}={value!r} in {where} has the wrong type; "
-                f"give {_describe(_leaves()[key].type)}"
+                f"give {_describe(_SETTINGS[key].type)}"
             ) from None
     return typed
 
 
 def _typed_flag(key: str, text: str) -> Any:
     try:
-        return _finite(_parser().parse_args([f"--{key}={text}"], defaults=False)[key])
+        return _finite(build_parser().parse_args([f"--{key}={text}"], defaults=False)[key])
     except (jsonargparse.ArgumentError, ValueError):
         raise UsageError(
-            f"--{key}={text} has the wrong type; give {_describe(_leaves()[key].type)}"
+            f"--{key}={text} has the wrong type; give {_describe(_SETTINGS[key].type)}"
         ) from None
 
 
@@ -318,11 +257,13 @@ def _describe(kind: Any) -> str:
 
 
 def _build(flat: Mapping[str, Any]) -> Config:
-    """Constructs the sections, whose own checks then run."""
+    """Constructs the sections, which check themselves, and refuses what they cannot be together."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         section, _, name = key.rpartition(".")
         sections.setdefault(section, {})[name] = value
     types = typing.get_type_hints(Config)
     built = {s: types[s](**values) for s, values in sections.items() if s}
-    return Config(**built, **sections.get("", {}))
+    config = Config(**built, **sections.get("", {}))
+    refuse_settings(config)
+    return config

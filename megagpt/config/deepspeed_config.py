@@ -7,11 +7,8 @@ Imports nothing of DeepSpeed. Next file: `deepspeed_keys.py`.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,9 @@ from megagpt.config.deepspeed_keys import (
     describe_kind,
     matches_kind,
 )
-from megagpt.config.refusals import Device, Facts, find_problems
+from megagpt.config.dotted_keys import did_you_mean, leaves
+from megagpt.config.refusals import find_problems
+from megagpt.config.rule import Device, Facts
 from megagpt.config.schema import Config
 
 DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
@@ -105,27 +104,26 @@ def resolve_ds_config(
     """
     resolver = _Resolver(ds_config)
     resolver.check_keys(resolver.values, ACCEPTED_KEYS, prefix="")
-    parallel = config.parallel
-    split = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    if world_size % split == 0:  # else it is refused below
-        _fill_batch(resolver, config, world_size // split)
+    facts = Facts(config, resolver.values, world_size, device)
+    if facts.dp is not None:  # else it is refused below
+        _fill_batch(resolver, config, facts.dp)
     _fill_precision(resolver, config)
     _fill_optimizer(resolver, config)
     _fill_zero(resolver, config)
-    for path, value in _leaves(resolver.values):
+    for path, value in leaves(resolver.values).items():
         if value == AUTO:
             resolver.problems.append(
                 f'{path}="auto" cannot be filled in; give a value or remove the key'
             )
-    refusals, warnings = find_problems(Facts(config, resolver.values, world_size, device))
+    refusals, warnings = find_problems(facts)
     resolver.problems += refusals
     if resolver.problems:
         raise ValueError(f"{ds_config_path}: " + "; ".join(resolver.problems))
     for section in ("optimizer", "scheduler"):
         # The trainer hands its own objects in; DeepSpeed would silently ignore these.
         resolver.values.pop(section, None)
-    stated = {path: resolver.sources.get(path, "ds_config") for path, _ in _leaves(resolver.values)}
-    return ResolvedDeepSpeedConfig(values=resolver.values, sources=stated, warnings=tuple(warnings))
+    sources = {path: resolver.sources.get(path, "ds_config") for path in leaves(resolver.values)}
+    return ResolvedDeepSpeedConfig(resolver.values, sources, warnings=tuple(warnings))
 
 
 def format_resolved_table(
@@ -135,31 +133,21 @@ def format_resolved_table(
 
     A default that was filled in after parsing (the vocabulary, from the data) counts as derived.
     """
-    defaults = dict(_settings(Config()))
+    defaults = leaves(Config())
     rows = [("key", "value", "source")]
-    for key, value in _settings(config):
+    for key, value in leaves(config).items():
         source = config_sources.get(key, "default")
         if source == "default" and value != defaults[key]:
             source = "derived"
         rows.append((key, _show(value), source))
     json_source = config_sources.get("ds_config", "ds_config")
-    for key, value in _leaves(resolved.values):
+    for key, value in leaves(resolved.values).items():
         source = resolved.sources[key]
         if source == "ds_config":
             source = f"ds_config {json_source}"
         rows.append((f"ds_config.{key}", _show(value), source))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{k:<{widths[0]}}  {v:<{widths[1]}}  {s}" for k, v, s in rows)
-
-
-def _settings(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting of a configuration by its dotted key; a setting may itself be a mapping."""
-    for field in dataclasses.fields(owner):
-        value = getattr(owner, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _settings(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
 
 
 class _Resolver:
@@ -180,7 +168,11 @@ class _Resolver:
             if path in REFUSED_KEYS:
                 problem = f"{path} is refused: {REFUSED_KEYS[path]}"
             elif kind is None:
-                problem = f"unknown key '{path}'{_nearest(name, keys, prefix)}"
+                hint = did_you_mean(name, keys, prefix)
+                # The name may be right and stand in the wrong section.
+                hint = hint or did_you_mean(name, leaves(ACCEPTED_KEYS, sections=ACCEPTED_KEYS))
+                rest = f"; the keys here are {', '.join(keys)}" if prefix else "; remove it"
+                problem = f"unknown key '{path}'{hint or rest}"
             elif isinstance(kind, dict):
                 if value is None or (value == AUTO and prefix == "" and name in _WHOLE_AUTO):
                     # DeepSpeed takes null for "no section".
@@ -236,10 +228,14 @@ class _Resolver:
             section[name] = expected
             self.sources[path] = source
         elif not _equal(value, expected):
-            self.problems.append(
-                f"{path}={_show(value)} conflicts with {owner}={_show(expected)} "
-                '(write "auto" in the JSON, or make them equal)'
-            )
+            self.conflict(path, value, f"{owner}={_show(expected)}")
+
+    def conflict(self, path: str, value: Any, owned: str) -> None:
+        """Notes a value that differs from what its owner says."""
+        self.problems.append(
+            f"{path}={_show(value)} conflicts with {owned} "
+            '(write "auto" in the JSON, or make them equal)'
+        )
 
 
 # Written as a whole: "optimizer": "auto".
@@ -259,10 +255,8 @@ def _fill_batch(resolver: _Resolver, config: Config, data_parallel_size: int) ->
     batch = config.batch
     resolver.fill(names[2], batch.global_batch_size, owner="--batch.global_batch_size")
     resolver.fill(names[0], batch.micro_batch_size, owner="--batch.micro_batch_size")
-    try:
-        accumulation = batch.gradient_accumulation_steps(data_parallel_size)
-    except ValueError as error:
-        resolver.problems.append(str(error))
+    accumulation = batch.gradient_accumulation_steps(data_parallel_size)
+    if accumulation is None:  # refused below
         resolver.values.pop(names[1], None)
         return
     resolver.fill(
@@ -279,16 +273,8 @@ def _fill_precision(resolver: _Resolver, config: Config) -> None:
     for name in ("bf16", "fp16"):
         enabled = precision == name
         stated = resolver.get(f"{name}.enabled")
-        if not enabled and stated is True:
-            resolver.problems.append(
-                f"{name}.enabled=true conflicts with --training.precision={precision} "
-                '(write "auto" in the JSON, or make them equal)'
-            )
-        elif enabled and stated is False:
-            resolver.problems.append(
-                f"{name}.enabled=false conflicts with --training.precision={precision} "
-                '(write "auto" in the JSON, or make them equal)'
-            )
+        if isinstance(stated, bool) and stated != enabled:
+            resolver.conflict(f"{name}.enabled", stated, f"--training.precision={precision}")
         elif enabled or resolver.get(name) is not None:
             resolver.fill(f"{name}.enabled", enabled, owner="--training.precision")
     # DeepSpeed's default accumulates in the weights' type; and reduces in it too.
@@ -356,14 +342,6 @@ def _fill_zero(resolver: _Resolver, config: Config) -> None:
             resolver.fill(path, str(Path(config.output_dir) / "nvme"), owner="", source="derived")
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _show(value: Any) -> str:
     return json.dumps(value)
 
@@ -377,17 +355,3 @@ def _equal(left: Any, right: Any) -> bool:
         # A ratio of two settings is equal to its decimal spelling up to rounding.
         return math.isclose(left, right, rel_tol=1e-12)
     return left == right
-
-
-def _nearest(name: str, keys: dict[str, Kind], prefix: str) -> str:
-    near = difflib.get_close_matches(name, keys, n=1)
-    if near:
-        return f"; did you mean '{prefix}{near[0]}'?"
-    elsewhere = [
-        f"{section}.{name}"
-        for section, kind in ACCEPTED_KEYS.items()
-        if isinstance(kind, dict) and name in kind
-    ]
-    if elsewhere:
-        return f"; did you mean '{elsewhere[0]}'?"
-    return f"; the keys here are {', '.join(keys)}" if prefix else "; remove it"

@@ -226,17 +226,25 @@ STAGE3_KEYS = ("stage3_", "zero_hpz_", "zero_quantized_")
 """Beginnings of zero_optimization keys that have an effect under stage 3 only."""
 
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": ((int, float), "a whole number"),
+    "number": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+    "list": (list, "a list"),
+}
+
+
 def matches_kind(value: Any, kind: Kind) -> bool:
     """Whether a JSON value fits a kind; `"auto"` is looked at elsewhere."""
     if isinstance(kind, dict):
         return isinstance(value, dict)
+    if isinstance(value, bool) and kind != "bool":
+        return False
     if isinstance(kind, tuple):
-        return not isinstance(value, bool) and value in kind
-    if kind in ("int", "number"):
-        # DeepSpeed reads 5e8 as an integer.
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and (kind == "number" or float(value).is_integer())
-    return isinstance(value, {"bool": bool, "str": str, "list": list}[kind])
+        return value in kind
+    # DeepSpeed reads 5e8 as an integer.
+    return isinstance(value, _KINDS[kind][0]) and (kind != "int" or float(value).is_integer())
 
 
 def describe_kind(kind: Kind) -> str:
@@ -245,10 +253,4 @@ def describe_kind(kind: Kind) -> str:
         return "an object"
     if isinstance(kind, tuple):
         return "one of " + ", ".join(map(str, kind))
-    return {
-        "int": "a whole number",
-        "number": "a number",
-        "bool": "true or false",
-        "str": "text",
-        "list": "a list",
-    }[kind]
+    return _KINDS[kind][1]

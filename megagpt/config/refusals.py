@@ -1,87 +1,49 @@
-"""The table of layouts and settings that are refused or warned of, with reason and remedy.
+"""The table of what is refused or warned of beyond one section, with reason and remedy.
 
-Checked before any process group exists; docs/layouts.md is made from it. Pure: no torch, no
-DeepSpeed. Caller: `deepspeed_config.py`.
+Settings are checked when they are read, layouts before any process group exists; docs/layouts.md
+is made from it. Pure: no torch, no DeepSpeed. Callers: `command_line.py`, `deepspeed_config.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from megagpt.config.deepspeed_keys import AUTO, STAGE3_KEYS
+from megagpt.config.deepspeed_keys import STAGE3_KEYS
+from megagpt.config.rule import Facts, Rule
 from megagpt.config.schema import Config
 
-Device = Literal["cpu", "cuda"]
+
+def _warmup(config: Config) -> str | None:
+    warmup, decay = config.optimizer.warmup_steps, config.decay_steps
+    if warmup < decay:
+        return None
+    return f"warmup_steps={warmup} leaves nothing of decay_steps={decay}"
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the rules look at."""
-
-    config: Config
-    """The typed configuration."""
-    ds_config: dict[str, Any]
-    """The DeepSpeed JSON, filled in."""
-    world_size: int
-    """Ranks."""
-    device: Device
-    """What the run trains on."""
-
-    @property
-    def tp(self) -> int:
-        """tensor_parallel_size."""
-        return self.config.parallel.tensor_parallel_size
-
-    @property
-    def pp(self) -> int:
-        """pipeline_parallel_size."""
-        return self.config.parallel.pipeline_parallel_size
-
-    @property
-    def zero(self) -> dict[str, Any]:
-        """The section zero_optimization."""
-        return self.ds_config.get("zero_optimization", {})
-
-    @property
-    def stage(self) -> int | None:
-        """The ZeRO stage; None where what is stated is none, a fault that is reported already."""
-        stage = self.zero.get("stage")
-        return None if stage == AUTO else stage
-
-    def offload(self, what: Literal["optimizer", "param"]) -> str:
-        """Device of an offload section, `none` without one."""
-        return self.zero.get(f"offload_{what}", {}).get("device", "none")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One combination that does not work."""
-
-    combination: str
-    """In words, for the docs."""
-    reason: str
-    """Why."""
-    remedy: str
-    """What to change."""
-    find: Callable[[Facts], str | None]
-    """The offending values, or None where the rule is kept."""
-    is_warning: bool = False
-    """Whether the run goes on."""
-
-    def message(self, facts: Facts) -> str | None:
-        """One clause with values, reason and remedy, or None."""
-        found = self.find(facts)
-        return None if found is None else f"{found}: {self.reason}; {self.remedy}"
+def _wsd(config: Config) -> str | None:
+    warmup, decay = config.optimizer.warmup_steps, config.decay_steps
+    if warmup >= decay or config.wsd_decay_steps <= decay - warmup:
+        return None
+    return (
+        f"wsd_decay_steps={config.wsd_decay_steps} does not fit between warmup_steps={warmup} and "
+        f"decay_steps={decay}"
+    )
 
 
 def _world(facts: Facts) -> str | None:
-    if facts.world_size % (facts.tp * facts.pp) == 0:
+    if facts.dp is not None:
         return None
     return (
         f"world size {facts.world_size} is not divisible by tensor_parallel_size={facts.tp} x "
         f"pipeline_parallel_size={facts.pp}"
+    )
+
+
+def _batch(facts: Facts) -> str | None:
+    batch, dp = facts.config.batch, facts.dp
+    if dp is None or batch.gradient_accumulation_steps(dp) is not None:
+        return None
+    return (
+        f"global_batch_size={batch.global_batch_size} is not divisible by micro_batch_size="
+        f"{batch.micro_batch_size} x data-parallel size {dp} = {batch.micro_batch_size * dp}"
     )
 
 
@@ -146,11 +108,10 @@ def _pipeline_timers(facts: Facts) -> str | None:
 
 
 def _bubble(facts: Facts) -> str | None:
-    batch, dp = facts.config.batch, facts.world_size // (facts.tp * facts.pp)
-    if facts.pp == 1 or dp == 0 or batch.global_batch_size % (batch.micro_batch_size * dp):
+    if facts.dp is None:
         return None
-    micro_batches = batch.global_batch_size // (batch.micro_batch_size * dp)
-    if micro_batches >= facts.pp:
+    micro_batches = facts.config.batch.gradient_accumulation_steps(facts.dp)
+    if micro_batches is None or micro_batches >= facts.pp:
         return None
     return f"{micro_batches} micro-batches a step are fewer than pipeline_parallel_size={facts.pp}"
 
@@ -216,12 +177,33 @@ def _async_save(facts: Facts) -> str | None:
 
 _TP = "choose a tensor_parallel_size that divides it"
 
-RULES: tuple[Rule, ...] = (
+_OF_SETTINGS: tuple[Rule[Config], ...] = (
+    Rule(
+        "warmup_steps that reach decay_steps, by default train_steps",
+        "the schedule goes on after its warm-up",
+        "choose a shorter warm-up",
+        _warmup,
+    ),
+    Rule(
+        "wsd_decay_steps longer than decay_steps without warmup_steps",
+        "the final decay begins after the warm-up",
+        "choose fewer, or a shorter warm-up",
+        _wsd,
+    ),
+)
+
+_OF_LAYOUTS: tuple[Rule[Facts], ...] = (
     Rule(
         "ranks not a multiple of tensor_parallel_size x pipeline_parallel_size",
         "data parallelism takes what is left of the world",
         "start a multiple of that product",
         _world,
+    ),
+    Rule(
+        "global_batch_size not a multiple of micro_batch_size x data-parallel ranks",
+        "every rank runs the same number of micro-batches, all of one size",
+        "choose a multiple of that product for --batch.global_batch_size",
+        _batch,
     ),
     Rule(
         "tensor_parallel_size that does not divide num_attention_heads",
@@ -327,17 +309,27 @@ RULES: tuple[Rule, ...] = (
         _zero_plus_plus,
     ),
 )
+
+RULES: tuple[Rule[Config] | Rule[Facts], ...] = (*_OF_SETTINGS, *_OF_LAYOUTS)
 """Every rule; faults are reported all together, in this order."""
 
 
+def refuse_settings(config: Config) -> None:
+    """Refuses settings that no layout can run.
+
+    Raises:
+        ValueError: One line with all of them.
+    """
+    if problems := [found for rule in _OF_SETTINGS if (found := rule.message(config))]:
+        raise ValueError("; ".join(problems))
+
+
 def find_problems(facts: Facts) -> tuple[list[str], list[str]]:
-    """Refusals and warnings that a run deserves."""
-    refusals: list[str] = []
-    warnings: list[str] = []
-    for rule in RULES:
-        if message := rule.message(facts):
-            (warnings if rule.is_warning else refusals).append(message)
-    return refusals, warnings
+    """Refusals and warnings that a run deserves, by all of the rules."""
+    found = [(rule.is_warning, rule.message(facts.config)) for rule in _OF_SETTINGS]
+    found += [(rule.is_warning, rule.message(facts)) for rule in _OF_LAYOUTS]
+    refusals = [message for is_warning, message in found if message and not is_warning]
+    return refusals, [message for is_warning, message in found if message and is_warning]
 
 
 def rules_table() -> str:

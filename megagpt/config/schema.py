@@ -13,11 +13,17 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "full", "selective"]
 
 
-def require_positive(**values: int | float | None) -> None:
-    """Raises ValueError for the first value that is given and is not above zero."""
-    for name, value in values.items():
+def _require_positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value} must be above 0; give a positive number")
+
+
+def _require_not_negative(section: object, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 0:
+            raise ValueError(f"{name}={getattr(section, name)} is negative; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,18 @@ class ModelConfig:
         """Checks the shape; a bad one is a ValueError."""
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1); choose for example 0.1")
-        require_positive(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_kv_heads=self.num_kv_heads,
-            ffn_hidden_size=self.ffn_hidden_size,
-            seq_length=self.seq_length,
-            vocab_size=self.vocab_size,
-            vocab_padding_multiple=self.vocab_padding_multiple,
-            norm_eps=self.norm_eps,
-            init_std=self.init_std,
+        _require_positive(
+            self,
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_kv_heads",
+            "ffn_hidden_size",
+            "seq_length",
+            "vocab_size",
+            "vocab_padding_multiple",
+            "norm_eps",
+            "init_std",
         )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -137,10 +144,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Checks the degrees, and that no setting is without effect."""
-        require_positive(
-            tensor_parallel_size=self.tensor_parallel_size,
-            pipeline_parallel_size=self.pipeline_parallel_size,
-        )
+        _require_positive(self, "tensor_parallel_size", "pipeline_parallel_size")
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise ValueError(
                 "sequence_parallel=true has no effect at tensor_parallel_size=1; "
@@ -164,25 +168,12 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        require_positive(
-            micro_batch_size=self.micro_batch_size, global_batch_size=self.global_batch_size
-        )
+        _require_positive(self, "micro_batch_size", "global_batch_size")
 
-    def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
-        """Micro-batches per rank per step.
-
-        Raises:
-            ValueError: If micro_batch_size * data_parallel_size does not divide global_batch_size.
-        """
-        per_pass = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % per_pass:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size="
-                f"{self.micro_batch_size} x data-parallel size {data_parallel_size}; choose a "
-                f"multiple "
-                f"of {per_pass} for --batch.global_batch_size"
-            )
-        return self.global_batch_size // per_pass
+    def gradient_accumulation_steps(self, data_parallel_size: int) -> int | None:
+        """Micro-batches per rank per step; None where they do not divide, which is refused."""
+        steps, rest = divmod(self.global_batch_size, self.micro_batch_size * data_parallel_size)
+        return None if rest else steps
 
 
 @dataclass(frozen=True)
@@ -212,15 +203,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges and that no setting is without effect."""
-        require_positive(
-            lr=self.lr,
-            eps=self.eps,
-            decay_steps=self.decay_steps,
-            wsd_decay_steps=self.wsd_decay_steps,
-        )
-        for name in ("min_lr", "weight_decay", "clip_grad", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more")
+        _require_positive(self, "lr", "eps", "decay_steps", "wsd_decay_steps")
+        _require_not_negative(self, "min_lr", "weight_decay", "clip_grad", "warmup_steps")
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas={list(self.betas)} must lie in [0, 1); change {beta}")
@@ -229,8 +213,7 @@ class OptimizerConfig:
         if self.wsd_decay_steps is not None and self.schedule != "wsd":
             raise ValueError(
                 f"wsd_decay_steps={self.wsd_decay_steps} has no effect under "
-                f"schedule={self.schedule}; "
-                "choose schedule=wsd or leave it out"
+                f"schedule={self.schedule}; choose schedule=wsd or leave it out"
             )
 
 
@@ -259,15 +242,15 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        require_positive(
-            train_steps=self.train_steps,
-            train_tokens=self.train_tokens,
-            exit_duration_seconds=self.exit_duration_seconds,
-            exit_step=self.exit_step,
-            eval_samples=self.eval_samples,
+        _require_positive(
+            self,
+            "train_steps",
+            "train_tokens",
+            "exit_duration_seconds",
+            "exit_step",
+            "eval_samples",
         )
-        if self.eval_interval < 0:
-            raise ValueError(f"eval_interval={self.eval_interval} is negative; give 0 or more")
+        _require_not_negative(self, "eval_interval")
 
 
 @dataclass(frozen=True)
@@ -303,8 +286,7 @@ class DataConfig:
         if self.path and (self.train_path or self.valid_path or self.test_path):
             raise ValueError(
                 f"data.path={self.path} and data.train_path/valid_path/test_path exclude each "
-                f"other; "
-                "name pairs to split, or pairs for each split"
+                "other; name pairs to split, or pairs for each split"
             )
         if (self.valid_path or self.test_path) and not self.train_path:
             raise ValueError(
@@ -352,9 +334,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges and that no setting is without effect."""
-        for name in ("save_interval", "keep_last", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more")
+        _require_not_negative(self, "save_interval", "keep_last", "keep_every")
         if self.keep_every and not self.keep_last:
             raise ValueError(
                 f"keep_every={self.keep_every} has no effect with keep_last=0, which keeps all; "
@@ -377,12 +357,12 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        require_positive(log_interval=self.log_interval, peak_tflops=self.peak_tflops)
+        _require_positive(self, "log_interval", "peak_tflops")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration of a run."""
+    """The whole configuration of a run; what crosses sections is checked by `refusals.py`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -394,21 +374,6 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     output_dir: str = "runs/default"
     """Run folder: checkpoints, TensorBoard, and the resolved configuration."""
-
-    def __post_init__(self) -> None:
-        """Checks what crosses sections; layouts are checked by `refusals.py`."""
-        decay_steps = self.decay_steps
-        if self.optimizer.warmup_steps >= decay_steps:
-            raise ValueError(
-                f"warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
-                f"decay_steps={decay_steps}; "
-                "choose a shorter warm-up"
-            )
-        if self.wsd_decay_steps > decay_steps - self.optimizer.warmup_steps:
-            raise ValueError(
-                f"wsd_decay_steps={self.wsd_decay_steps} does not fit between warmup_steps="
-                f"{self.optimizer.warmup_steps} and decay_steps={decay_steps}; choose fewer"
-            )
 
     @property
     def decay_steps(self) -> int:

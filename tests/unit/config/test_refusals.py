@@ -4,15 +4,18 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
+from megagpt.config.command_line import config_from_dict, config_to_dict, parse_config
 from megagpt.config.deepspeed_config import resolve_ds_config
-from megagpt.config.layout import Layout
-from megagpt.config.refusals import RULES, Facts, find_problems, rules_table
+from megagpt.config.refusals import RULES, find_problems, refuse_settings, rules_table
+from megagpt.config.rule import Facts
 from megagpt.config.schema import (
     BatchConfig,
     CheckpointConfig,
     Config,
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     TrainingConfig,
 )
@@ -28,6 +31,7 @@ def facts(
     micro=1,
     json=(),
     checkpoint=None,
+    optimizer=None,
     **settings,
 ):
     model = {k: v for k, v in settings.items() if k in ModelConfig.__dataclass_fields__}
@@ -36,6 +40,7 @@ def facts(
         model=ModelConfig(**{"num_attention_heads": 8, "hidden_size": 64, **model}),
         parallel=ParallelConfig(**parallel),
         batch=BatchConfig(micro_batch_size=micro, global_batch_size=32),
+        optimizer=optimizer or OptimizerConfig(),
         training=TrainingConfig(precision=precision),
         checkpoint=checkpoint or CheckpointConfig(),
     )
@@ -43,9 +48,25 @@ def facts(
     return Facts(config, values, world_size, device)
 
 
+WSD = {"schedule": "wsd", "decay_steps": 100}
+OF_SETTINGS = {
+    "warmup_steps that reach": (
+        facts(optimizer=OptimizerConfig(warmup_steps=500)),
+        ["warmup_steps=500", "decay_steps=500", "shorter warm-up"],
+    ),
+    "wsd_decay_steps longer": (
+        facts(optimizer=OptimizerConfig(warmup_steps=50, wsd_decay_steps=51, **WSD)),
+        ["wsd_decay_steps=51", "warmup_steps=50", "decay_steps=100", "choose fewer"],
+    ),
+}
 TP, PP = "tensor_parallel_size", "pipeline_parallel_size"
 EXAMPLES = {
+    **OF_SETTINGS,
     "ranks not a multiple": (facts(6, **{TP: 4}), ["6", "4 x", "multiple"]),
+    "global_batch_size not": (
+        facts(micro=3),
+        ["global_batch_size=32", "micro_batch_size=3 x data-parallel size 8 = 24", "multiple"],
+    ),
     "num_attention_heads": (
         facts(num_attention_heads=4, num_kv_heads=1, **{TP: 8}),
         ["num_attention_heads=4", "tensor_parallel_size=8"],
@@ -119,6 +140,27 @@ def test_every_rule_has_an_example_and_a_run_without_fault_has_none():
     assert find_problems(facts(**{TP: 2, PP: 2, "num_kv_heads": 2})) == ([], [])
 
 
+@pytest.mark.parametrize("name", OF_SETTINGS)
+def test_settings_that_exclude_each_other_are_refused_when_they_are_read(name, tmp_path):
+    example, words = OF_SETTINGS[name]
+    values = config_to_dict(example.config)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"optimizer": values["optimizer"]}))
+    for read in (
+        lambda: refuse_settings(example.config),
+        lambda: parse_config(["--config", str(path), "--ds_config", "is not opened.json"]),
+        lambda: config_from_dict(values),
+    ):
+        with pytest.raises(ValueError) as error:
+            read()
+        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_the_longest_warm_up_and_final_decay_that_fit_are_taken():
+    for settings in ({"warmup_steps": 99, "decay_steps": 100}, {"warmup_steps": 90, **WSD}):
+        refuse_settings(facts(optimizer=OptimizerConfig(**settings)).config)
+
+
 def test_all_faults_stand_in_one_error_and_warnings_come_with_the_result():
     example = facts(num_layers=2, zero={"stage": 2}, **{PP: 4})
     with pytest.raises(ValueError) as error:
@@ -140,32 +182,3 @@ def resolve(example):
 
 def test_the_page_of_layouts_holds_the_table():
     assert rules_table() in (ROOT / "docs/layouts.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("tp2-xx", "'xx' in layout 'tp2-xx' is no word"),
-        ("tp2-tp4", "says tensor_parallel_size twice"),
-        ("tp0", "'tp0' in layout 'tp0' must be at least 1"),
-        ("", "'' in layout '' is no word"),
-    ],
-)
-def test_a_wrong_layout_name_is_one_line(name, message):
-    with pytest.raises(ValueError) as error:
-        Layout.parse(name)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_layout_name_gives_flags_and_json():
-    layout = Layout.parse("tp2-sp-dp3-zero3-full-offload_nvme")
-    assert layout.world_size == 6
-    words = " ".join(layout.arguments())
-    assert "tensor_parallel_size 2" in words and "sequence_parallel true" in words
-    assert "activation_checkpointing full" in words
-    zero = layout.ds_config()["zero_optimization"]
-    assert zero["stage"] == 3
-    assert zero["offload_optimizer"] == {"device": "nvme"}
-    assert zero["offload_param"] == {"device": "nvme", "max_in_cpu": 0}
-    only = Layout.parse("dp2-zero2-offload_optimizer_cpu").ds_config()["zero_optimization"]
-    assert only == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
