@@ -2,7 +2,7 @@
 
 It is written last, so its presence means whole; it holds a hash of itself and of every block of
 every other file. JSON only: nothing of a checkpoint is ever unpickled or run. Knows no torch.
-Next files: `directory.py`, `reader.py`.
+Next files: `reader.py`, `megagpt/checkpoint/directory.py`.
 """
 
 from __future__ import annotations

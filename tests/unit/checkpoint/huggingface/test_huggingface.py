@@ -42,11 +42,9 @@ from megagpt.checkpoint.format.manifest import (
 from megagpt.checkpoint.format.reader import CheckpointReader, verify_checkpoint
 from megagpt.checkpoint.format.shard_file import ShardWriter
 from megagpt.checkpoint.format.slices import Slice
+from megagpt.checkpoint.huggingface.architecture import model_config
 from megagpt.checkpoint.huggingface.convert import export_checkpoint, import_checkpoint
-from megagpt.checkpoint.huggingface.names import (
-    model_config,
-    parameter_shapes,
-)
+from megagpt.checkpoint.huggingface.names import parameter_shapes
 from megagpt.checkpoint.same_run import refuse_other_run
 from megagpt.checkpoint.weights import load_weights
 from megagpt.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
