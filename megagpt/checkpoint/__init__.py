@@ -1,1 +1,1 @@
-"""State of a run on disk."""
+"""The state of a run on disk; `saver.py` is the room's face."""

@@ -1,6 +1,6 @@
 """What differs between two checkpoints of any layouts; one tensor in memory at a time.
 
-Knows no torch. Next file: `reader.py`.
+Knows no torch. Next file: `format/reader.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A step appears by one rename and disappears by one, so that no reader ever sees a part of one.
 `latest` names the newest for people and scripts; nothing depends on it being there.
-Knows no torch. Next file: `saver.py`.
+Knows no torch. Next file: `format/manifest.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which checkpoint all ranks load, and the reading of what one of them holds.
 
-Next file: `reader.py`.
+Next file: `format/reader.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A second run on the same host is refused while the first is alive. Of another host nothing is known,
 and one that has died must not keep a job from being started again: the folder is taken over, and
 the older run, should it be alive, finds before it writes that the folder is no longer its own.
-Knows no torch. Next file: `saver.py`.
+Knows no torch. Next file: `directory.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The weights of a checkpoint, whole, for inference and inspection.
 
-Next file: `reader.py`, which finds them in the files of any layout.
+Next file: `format/reader.py`, which finds them in the files of any layout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What every row works with: a tiny run, its uninterrupted reference, mounts, and launches.
 
-Next files: `writing.py`, `reading.py`, `resuming.py`, which hold the rows.
+Next files, which hold the rows: `killing.py`, `storage.py`, `sharing.py`, `reading.py`,
+`resuming.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +41,7 @@ BASE_STEPS = 3
 """Steps of the run that rows copy and go on from; each of them is saved."""
 EVERY_STEP = ("--checkpoint.save_interval", "1")
 AUTO = ("--checkpoint.load", "auto")
+KEEP_TWO = ("--checkpoint.keep_last", "2")
 
 
 class Findings:
@@ -324,3 +327,8 @@ def _descendants(pid: int) -> list[int]:
 def latest_step(run: Path) -> str:
     """What `latest` names."""
     return json.loads((run / "checkpoints" / "latest").read_text())["step"]
+
+
+def short(line: str) -> str:
+    """An error line without its folders and its remedy."""
+    return re.sub(r"/\S*/", "", line.removeprefix("error: ").partition("; free")[0])

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from bench import AUTO, BASE_STEPS, EVERY_STEP, Bench, Findings, check_intact, step_folder
 from ranks import Fault
 
@@ -372,15 +373,13 @@ def hostile(bench: Bench, findings: Findings) -> str:
 
 def _vouch_for(run: Path, name: str, content: bytes, bench: Bench, findings: Findings) -> None:
     """Puts a pickle into a step whose manifest has its length and hash."""
-    import hashlib
-
     directory = step_folder(run, BASE_STEPS)
     (directory / name).write_bytes(content)
     manifest = read_manifest(directory)
     record = dataclasses.replace(
         manifest.files[name],
         num_bytes=len(content),
-        block_sha256=(hashlib.sha256(content).hexdigest(),),
+        block_hashes=(xxhash.xxh3_128_hexdigest(content),),
     )
     write_manifest(
         directory, dataclasses.replace(manifest, files=dict(manifest.files) | {name: record})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -12,6 +11,7 @@ import time
 
 import numpy as np
 import torch
+import xxhash
 from bench import (
     AUTO,
     BASE_STEPS,
@@ -129,8 +129,8 @@ def _restores_each_generator(bench: Bench, findings: Findings) -> None:
         begin, end = json.loads(content[8:start])["random.cpu"]["data_offsets"]
         content[start + begin : start + end] = state.tobytes()
         path.write_bytes(content)
-        digest_of_all = hashlib.sha256(content).hexdigest()  # one block
-        files[path.name] = dataclasses.replace(files[path.name], block_sha256=(digest_of_all,))
+        digest_of_all = xxhash.xxh3_128_hexdigest(content)  # one block
+        files[path.name] = dataclasses.replace(files[path.name], block_hashes=(digest_of_all,))
     write_manifest(directory, dataclasses.replace(manifest, files=files))
     bench.train(run, "--checkpoint.load", str(directory), "--training.exit_step", "4")
     with CheckpointReader(step_folder(run, 4)) as reader:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import killing
 import reading
 import resuming
-import writing
+import sharing
+import storage
 from bench import Bench, Findings, mounting_problem
 from ranks import tracing_problem
 
@@ -41,36 +43,36 @@ ROWS = (
         1,
         "kill -9 of a rank just before each change that a save makes to the folder",
         "the newest complete step is resumed with no act by hand; at most one interval is lost",
-        writing.kill_at_every_stage,
+        killing.kill_at_every_stage,
         "strace",
     ),
     Row(
         1,
         "the same under torchrun, at one stage of each rank",
         "another launch goes on to the same bits",
-        writing.kill_under_the_launcher,
+        killing.kill_under_the_launcher,
         "strace",
     ),
     Row(
         2,
         "a rank is late with its shard, then killed",
         "a step never appears before all of it is written",
-        writing.publish_race,
+        killing.publish_race,
         "strace",
     ),
     Row(
         3,
         "the disk is full",
         "all ranks agree that the save failed, earlier steps stay, staging goes; stop or go on",
-        writing.full_disk,
+        storage.full_disk,
         "mount",
     ),
-    Row(4, "no inodes are left", "the same", writing.full_inodes, "mount"),
+    Row(4, "no inodes are left", "the same", storage.full_inodes, "mount"),
     Row(
         5,
         "EIO, EDQUOT, a short write or a lost write on one rank",
         "every rank ends, one line names rank and cause, nothing is published",
-        writing.failing_writes,
+        storage.failing_writes,
         "strace",
     ),
     Row(
@@ -87,9 +89,9 @@ ROWS = (
         reading.failing_read,
         "strace",
     ),
-    Row(6, "fsync fails", "not published", writing.failing_fsync, "strace"),
-    Row(7, "the disk turns read-only", "as row 3", writing.read_only, "mount"),
-    Row(8, "slow storage", "no failure", writing.slow_storage, "strace"),
+    Row(6, "fsync fails", "not published", storage.failing_fsync, "strace"),
+    Row(7, "the disk turns read-only", "as row 3", storage.read_only, "mount"),
+    Row(8, "slow storage", "no failure", storage.slow_storage, "strace"),
     Row(
         9,
         "a file is truncated: to nothing, to half, by a byte",
@@ -118,13 +120,13 @@ ROWS = (
         13,
         "ranks disagree on the folder",
         "refused before the first byte",
-        writing.ranks_disagree,
+        sharing.ranks_disagree,
     ),
     Row(
         14,
         "retention among incomplete folders",
         "only complete steps count, the newest stays",
-        writing.retention,
+        sharing.retention,
     ),
     Row(
         15,
@@ -166,7 +168,7 @@ ROWS = (
         29,
         "two runs in one folder: on one host, or one of them on a host that was cut off",
         "never do both commit: the second is refused, or the first learns that it is over",
-        writing.two_runs,
+        sharing.two_runs,
     ),
     Row(
         35,

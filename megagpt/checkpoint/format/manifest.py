@@ -2,7 +2,7 @@
 
 It is written last, so its presence means whole; it holds a hash of itself and of every block of
 every other file. JSON only: nothing of a checkpoint is ever unpickled or run. Knows no torch.
-Next files: `directory.py`, `reader.py`.
+Next files: `reader.py`, `megagpt/checkpoint/directory.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megagpt.checkpoint.format.shard_file import BLOCK_BYTES, DamagedCheckpoint, FileRecord
+from megagpt.checkpoint.format.shard_file import (
+    BLOCK_BYTES,
+    HASHES,
+    DamagedCheckpoint,
+    FileRecord,
+)
 from megagpt.checkpoint.format.slices import Slice, is_partition
 from megagpt.config.command_line import config_from_dict, config_to_dict
 from megagpt.config.schema import Config
 from megagpt.files import write_atomically
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)
+"""In 1 all hashes were SHA-256; those of blocks have their name beside them, in 1 too."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """What is kept of a parameter: the fp32 master weight and Adam's two moments."""
 
@@ -162,10 +169,10 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     values = _verified(content, path)
     version = values.get("format")
-    if version != FORMAT:
+    if version not in _READABLE:
         raise ValueError(
-            f"{path} has format {version}, this version of megagpt reads {FORMAT}; "
-            "use the version that wrote it"
+            f"{path} has format {version}, this version of megagpt reads "
+            f"{' and '.join(map(str, _READABLE))}; use the version that wrote it"
         )
     try:
         return _decode(values)
@@ -239,7 +246,7 @@ def _encode(manifest: CheckpointManifest) -> str:
         for name, record in manifest.tensors.items()
     }
     files = {
-        name: {"bytes": record.num_bytes, "block_sha256": record.block_sha256}
+        name: {"bytes": record.num_bytes, f"block_{record.hash_name}": record.block_hashes}
         for name, record in manifest.files.items()
     }
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
@@ -267,10 +274,7 @@ def _decode(values: dict[str, Any]) -> CheckpointManifest:
         state=CheckpointState(**state),
         layout=layout,
         tensors=tensors,
-        files={
-            name: FileRecord(_whole_number(entry["bytes"]), tuple(entry["block_sha256"]))
-            for name, entry in values["files"].items()
-        },
+        files={name: _decode_file(entry) for name, entry in values["files"].items()},
         versions=values["versions"],
         created=values["created"],
         previous=values["previous"],
@@ -296,6 +300,13 @@ def _decode_tensor(entry: dict[str, Any]) -> TensorRecord:
     if not 1 <= len(shape) <= 2 or entry["dtype"] != "F32":
         raise TypeError(f"shape {list(shape)} of {entry['dtype']}")
     return TensorRecord(shape, pieces)
+
+
+def _decode_file(entry: dict[str, Any]) -> FileRecord:
+    for name in HASHES:
+        if (key := f"block_{name}") in entry:
+            return FileRecord(_whole_number(entry["bytes"]), tuple(entry[key]), name)
+    raise KeyError("hashes of blocks")
 
 
 def _pair(values: list[int]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Reading a checkpoint: any part of any tensor, whatever layout wrote it.
 
 Only the blocks that hold what is asked for are read, and each is compared with its hash first.
-Knows no torch; `saver.py` and `weights.py` are its callers.
+Knows no torch. Next file: `megagpt/checkpoint/loader.py`, its caller.
 """
 
 from __future__ import annotations

@@ -12,17 +12,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 
 BLOCK_BYTES = 8 << 20
-_INLINE_BYTES = 256 << 10
-"""Below this, handing bytes to the hashing thread costs more than hashing them."""
+HASHES: dict[str, Callable[..., Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+"""The first is what files are written with: it finds damage at the speed of memory, on any CPU.
+
+SHA-256 is that of checkpoints of before. Neither keeps anyone from changing a file on purpose, who
+could change the manifest with it.
+"""
+_WRITTEN = next(iter(HASHES))
 
 _DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -47,8 +53,10 @@ class FileRecord:
 
     num_bytes: int
     """Its length."""
-    block_sha256: tuple[str, ...]
+    block_hashes: tuple[str, ...]
     """Hash of each block of BLOCK_BYTES, in hex."""
+    hash_name: str = _WRITTEN
+    """Which hash, of HASHES."""
 
 
 class ShardWriter:
@@ -65,9 +73,8 @@ class ShardWriter:
     def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         self.path = path
         self._digests: list[str] = []
-        self._hash = hashlib.sha256()
+        self._hash = HASHES[_WRITTEN]()
         self._num_bytes = 0
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         header, offset = {}, 0
         for name, (shape, dtype) in tensors.items():
@@ -85,38 +92,23 @@ class ShardWriter:
 
     def write(self, values: np.ndarray) -> None:
         """Appends a tensor or a part of one; its memory may change when this returns."""
-        data = np.ascontiguousarray(values).data.cast("B")
-        for begin in range(0, len(data), BLOCK_BYTES):
-            self._write(data[begin : begin + BLOCK_BYTES])
+        self._write(np.ascontiguousarray(values).data.cast("B"))
 
     def _write(self, data: memoryview) -> None:
-        if len(data) < _INLINE_BYTES:
-            self._update(data)
-            self._write_bytes(data)
-            return
-        hashed = self._hasher.submit(self._update, data)  # at the same time as the writing
-        try:
-            self._write_bytes(data)
-        finally:
-            hashed.result()
-
-    def _write_bytes(self, data: memoryview) -> None:
-        while data:
-            with _naming(self.path):
-                written = os.write(self._descriptor, data)
-            if not written:
-                raise OSError(errno.EIO, "nothing was written", str(self.path))
-            data = data[written:]
-
-    def _update(self, data: memoryview) -> None:
         while data:
             room = BLOCK_BYTES - self._num_bytes % BLOCK_BYTES
             part, data = data[:room], data[room:]
             self._hash.update(part)
             self._num_bytes += len(part)
-            if self._num_bytes % BLOCK_BYTES == 0:
+            if len(part) == room:
                 self._digests.append(self._hash.hexdigest())
-                self._hash = hashlib.sha256()
+                self._hash = HASHES[_WRITTEN]()
+            while part:
+                with _naming(self.path):
+                    written = os.write(self._descriptor, part)
+                if not written:
+                    raise OSError(errno.EIO, "nothing was written", str(self.path))
+                part = part[written:]
 
     def close(self) -> FileRecord:
         """Makes the file durable."""
@@ -135,8 +127,7 @@ class ShardWriter:
         return FileRecord(self._num_bytes, tuple(self._digests))
 
     def abandon(self) -> None:
-        """Ends the thread and closes the file, if that is not done yet."""
-        self._hasher.shutdown()
+        """Closes the file, if that is not done yet."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -197,7 +188,7 @@ class ShardReader:
                 raise DamagedCheckpoint(
                     f"{path} has {found:,} bytes, its manifest says {record.num_bytes:,}"
                 )
-            if len(record.block_sha256) != -(-record.num_bytes // BLOCK_BYTES):
+            if len(record.block_hashes) != -(-record.num_bytes // BLOCK_BYTES):
                 raise DamagedCheckpoint(f"{path}: its manifest has not a hash for every block")
         except BaseException:
             os.close(self._descriptor)
@@ -240,7 +231,7 @@ class ShardReader:
 
     def damages(self) -> Iterator[str]:
         """Reads every block and tells which are not those that were written."""
-        for number in range(len(self.record.block_sha256)):
+        for number in range(len(self.record.block_hashes)):
             try:
                 self._read_block(number)
             except DamagedCheckpoint as error:
@@ -304,7 +295,8 @@ class ShardReader:
             if not got:
                 raise DamagedCheckpoint(f"{self.path} ends early, at byte {position + done:,}")
             done += got
-        if hashlib.sha256(target).hexdigest() != self.record.block_sha256[number]:
+        digest = HASHES[self.record.hash_name](target).hexdigest()
+        if digest != self.record.block_hashes[number]:
             raise DamagedCheckpoint(
                 f"{self.path} is damaged: bytes {position:,} to {position + len(target):,} are not "
                 "those that were written"

@@ -1,6 +1,7 @@
 """Checkpoints to and from the folders of Hugging Face's transformers, one tensor at a time.
 
-Next files: `names.py` (what maps to what), `files.py`, `reader.py`.
+Next files: `architecture.py` and `names.py` (what maps to what), `files.py`,
+`megagpt/checkpoint/format/reader.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megagpt.checkpoint.format.manifest import (
 from megagpt.checkpoint.format.reader import CheckpointReader
 from megagpt.checkpoint.format.shard_file import FileRecord, ShardWriter
 from megagpt.checkpoint.format.slices import whole
+from megagpt.checkpoint.huggingface.architecture import config_json, model_config
 from megagpt.checkpoint.huggingface.files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -43,8 +45,6 @@ from megagpt.checkpoint.huggingface.files import (
 )
 from megagpt.checkpoint.huggingface.names import (
     TensorMap,
-    config_json,
-    model_config,
     parameter_shapes,
     places,
     tensor_maps,

@@ -5,7 +5,7 @@ a time, each with the ranges of parameters that this rank holds. DeepSpeed's own
 do: `safe_get_full_*` sums whole tensors over dp, `safe_get_local_*` is ZeRO-3's, `safe_set_*`
 leaves the low-precision weights stale, and none reaches Adam's step, or state that no step has made
 (0.19.8).
-Next file: `saver.py`.
+Next file: `parts.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which part of each whole tensor a rank holds, and which part it writes.
 
 Between DeepSpeed's flat ranges (`optimizer_state.py`) and the slices of the manifest.
-Next file: `saver.py`.
+Next file: `snapshot.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a rank writes, in order: straight from the optimizer's state, or from a copy of it.
 
-Next file: `saver.py`.
+Next file: `megagpt/checkpoint/saver.py`.
 """
 
 from __future__ import annotations

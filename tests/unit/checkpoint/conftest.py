@@ -137,6 +137,18 @@ def seal_manifest(directory, values):
     (directory / manifest_module.MANIFEST_FILE).write_text(text.replace("0" * 64, digest, 1))
 
 
+def seal_as_format_1(directory):
+    """Makes a step what it was when blocks were hashed with SHA-256."""
+    values = json.loads((directory / manifest_module.MANIFEST_FILE).read_text())
+    size = values["block_bytes"]
+    for name, entry in values["files"].items():
+        content = (directory / name).read_bytes()
+        blocks = [content[i : i + size] for i in range(0, len(content), size)]
+        hashes = [hashlib.sha256(block).hexdigest() for block in blocks]
+        values["files"][name] = {"bytes": entry["bytes"], "block_sha256": hashes}
+    seal_manifest(directory, values | {"format": 1})
+
+
 @pytest.fixture(scope="session", name="make_values")
 def _make_values():
     return make_values
@@ -155,6 +167,11 @@ def _write_checkpoint():
 @pytest.fixture(scope="session", name="seal_manifest")
 def _seal_manifest():
     return seal_manifest
+
+
+@pytest.fixture(scope="session", name="seal_as_format_1")
+def _seal_as_format_1():
+    return seal_as_format_1
 
 
 @pytest.fixture

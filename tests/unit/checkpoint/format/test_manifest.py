@@ -37,7 +37,7 @@ def manifest(make_state):
         ),
         layout=Layout(4, 2, 1, 1, "cpu"),
         tensors={"a.weight": TensorRecord((3, 4), tuple(pieces))},
-        files={"weights-00000.safetensors": FileRecord(1 << 40, ("cd" * 32, "ef" * 32))},
+        files={"weights-00000.safetensors": FileRecord(1 << 40, ("cd" * 16, "ef" * 16))},
         versions={"megagpt": "0.1", "torch": "2"},
         created="2030-01-01T00:00:00+00:00",
         previous="12" * 32,
@@ -117,8 +117,8 @@ def test_folder_without_a_manifest_is_told(tmp_path):
 
 def test_newer_format_is_refused_with_the_remedy(tmp_path, manifest, seal_manifest):
     write_manifest(tmp_path, manifest)
-    seal_manifest(tmp_path, {**values_of(tmp_path), "format": 2, "tensors": "of another kind"})
-    with pytest.raises(ValueError, match="has format 2, .* reads 1; use the version that wrote"):
+    seal_manifest(tmp_path, {**values_of(tmp_path), "format": 3, "tensors": "of another kind"})
+    with pytest.raises(ValueError, match="has format 3, .* reads 1 and 2; use the version"):
         read_manifest(tmp_path)
 
 
@@ -155,8 +155,9 @@ _FILE = ("files", "weights-00000.safetensors")
         ((*_PIECE, "end"), 8.0),
         ((*_FILE, "bytes"), -1),
         ((*_FILE, "bytes"), "1"),
-        ((*_FILE, "block_sha256"), None),
-        (("files", "../../secret"), {"bytes": 1, "block_sha256": ["ab"]}),
+        ((*_FILE, "block_xxh3_128"), None),
+        (_FILE, {"bytes": 1, "block_crc32": ["ab"]}),
+        (("files", "../../secret"), {"bytes": 1, "block_xxh3_128": ["ab"]}),
         (("block_bytes",), 1),
         (("format",), None),
         (("layout", "tensor_parallel_size"), 0),

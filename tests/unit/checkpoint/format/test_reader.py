@@ -1,6 +1,5 @@
 """Reading of any layout; nothing that is not what was written is ever returned or run."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -9,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import xxhash
 
 from megagpt.checkpoint.format import reader as reader_module
 from megagpt.checkpoint.format.manifest import KINDS, MANIFEST_FILE, read_manifest
@@ -68,9 +68,12 @@ def test_parts_are_read_of_all_kinds_at_once(
                 np.testing.assert_array_equal(target, box.reshape(-1)[start:end])
 
 
+@pytest.mark.parametrize("is_of_before", [False, True])
 def test_single_bit_flips_are_caught_before_a_wrong_tensor_is_returned(
-    step, make_values, small_blocks, known_config
+    step, make_values, small_blocks, known_config, seal_as_format_1, is_of_before
 ):
+    if is_of_before:
+        seal_as_format_1(step)
     sizes = {path: path.stat().st_size for path in step.iterdir()}
     assert len(sizes) == 9
     assert min(size for path, size in sizes.items()) > 2 * small_blocks
@@ -86,6 +89,16 @@ def test_single_bit_flips_are_caught_before_a_wrong_tensor_is_returned(
         caught[path.name] += 1
     assert len(caught) == 9
     read_all(step, expected)
+
+
+def test_checkpoint_whose_blocks_have_sha256_is_read_and_verified(
+    step, make_values, seal_as_format_1
+):
+    seal_as_format_1(step)
+    assert '"block_sha256"' in (step / MANIFEST_FILE).read_text()
+    assert "xxh3" not in (step / MANIFEST_FILE).read_text()
+    read_all(step, make_values())
+    assert verify_checkpoint(step) == []
 
 
 def test_damage_harms_only_what_stands_in_its_block(step, make_values, small_blocks):
@@ -220,7 +233,7 @@ def test_pickle_in_the_place_of_a_shard_is_refused_and_not_run(
         blocks = [content[i : i + 128] for i in range(0, len(content), 128)]
         values["files"]["weights-00000.safetensors"] = {
             "bytes": len(content),
-            "block_sha256": [hashlib.sha256(block).hexdigest() for block in blocks],
+            "block_xxh3_128": [xxhash.xxh3_128_hexdigest(block) for block in blocks],
         }
         seal_manifest(step, values)
         assert verify_checkpoint(step) == []  # the hashes say nothing against it
