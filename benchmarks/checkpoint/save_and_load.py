@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ _MODEL = (
 _STEPS, _SAVE_INTERVAL = 13, 4
 
 
-def _trainer(rank: int, layout_name: str, data: Path, output_dir: Path, *words: str) -> Any:
-    from megagpt.training.trainer import Trainer, World
+def _run(rank: int, layout_name: str, data: Path, output_dir: Path, *words: str) -> Any:
+    from megagpt.training.run import World, prepare_run
 
     layout = Layout.parse(layout_name)
     config, _, sources = parse_config(
@@ -60,7 +61,7 @@ def _trainer(rank: int, layout_name: str, data: Path, output_dir: Path, *words: 
             *words,
         ]
     )
-    return Trainer(
+    return prepare_run(
         config,
         layout.ds_config(),
         ds_config_path=layout_name,
@@ -91,28 +92,29 @@ def _flush(path: Path) -> None:
 
 def measure(rank: int, world_size: int, data: Path, root: Path, repeats: int) -> dict[str, Any]:
     """All figures of this rank; those of rank 0 count, for every time ends in a barrier."""
+    from megagpt.training.loop import advance
+    from megagpt.training.start import start
+
     seconds: dict[str, list[float]] = defaultdict(list)
-    trainers = {}
-    for name in LAYOUTS:
-        trainers[name] = _trainer(rank, name, data, root / name)
-        trainers[name].set_up()
-        trainers[name].advance()
-    steps = {name: root / name / "checkpoints" / "step_00000001" for name in LAYOUTS}
-    for trainer in trainers.values():
-        trainer.checkpointer.save(trainer.state)
-    ours = trainers[LAYOUTS[0]]
-    files = sorted(steps[LAYOUTS[0]].glob(f"*-{rank:05d}.safetensors"))
-    for _ in range(repeats):
-        _measure_saves(ours, files, root, seconds)
-        for target, trainer in trainers.items():
-            for source, step in steps.items():
-                kind = "load same" if source == target else "load other"
-                elapsed = _timed(lambda t=trainer, s=step: t.checkpointer.load(s))
-                seconds[f"{kind} {target}"].append(elapsed)
-        seconds["load plain"].append(_timed(lambda: [_load_file(path) for path in files]))
-    num_bytes = sum(path.stat().st_size for path in steps[LAYOUTS[0]].glob("*.safetensors"))
-    for trainer in trainers.values():
-        trainer.checkpointer.close()
+    with ExitStack() as stack:
+        sessions = {}
+        for name in LAYOUTS:
+            sessions[name] = stack.enter_context(start(_run(rank, name, data, root / name)))
+            advance(sessions[name])
+        steps = {name: root / name / "checkpoints" / "step_00000001" for name in LAYOUTS}
+        for session in sessions.values():
+            session.checkpointer.save(session.state)
+        ours = sessions[LAYOUTS[0]]
+        files = sorted(steps[LAYOUTS[0]].glob(f"*-{rank:05d}.safetensors"))
+        for _ in range(repeats):
+            _measure_saves(ours, files, root, seconds)
+            for target, session in sessions.items():
+                for source, step in steps.items():
+                    kind = "load same" if source == target else "load other"
+                    elapsed = _timed(lambda t=session, s=step: t.checkpointer.load(s))
+                    seconds[f"{kind} {target}"].append(elapsed)
+            seconds["load plain"].append(_timed(lambda: [_load_file(path) for path in files]))
+        num_bytes = sum(path.stat().st_size for path in steps[LAYOUTS[0]].glob("*.safetensors"))
     return {
         "seconds": dict(seconds),
         "bytes": num_bytes,
@@ -121,7 +123,7 @@ def measure(rank: int, world_size: int, data: Path, root: Path, repeats: int) ->
 
 
 def _measure_saves(
-    trainer: Any, files: list[Path], root: Path, seconds: dict[str, list[float]]
+    session: Any, files: list[Path], root: Path, seconds: dict[str, list[float]]
 ) -> None:
     import torch.distributed as dist
     from safetensors.torch import load_file, save_file
@@ -137,13 +139,13 @@ def _measure_saves(
         _flush(plain)
 
     def save_with_deepspeed() -> None:
-        trainer.engine.save_checkpoint(str(theirs), tag="tag", save_latest=False)
+        session.engine.save_checkpoint(str(theirs), tag="tag", save_latest=False)
         if dist.get_rank() == 0:
             for path in theirs.rglob("*.pt"):
                 _flush(path)
 
     seconds["save plain"].append(_timed(write_plainly))
-    seconds["save ours"].append(_timed(lambda: trainer.checkpointer.save(trainer.state)))
+    seconds["save ours"].append(_timed(lambda: session.checkpointer.save(session.state)))
     seconds["save deepspeed"].append(_timed(save_with_deepspeed))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -160,7 +162,10 @@ def _load_file(path: Path) -> Any:
 
 def _measure_stall(rank: int, data: Path, output_dir: Path) -> dict[str, float]:
     """A real run that saves in the background; seconds of a step, of a save, of what it costs."""
-    trainer = _trainer(
+    from megagpt.training.loop import loop
+    from megagpt.training.start import start
+
+    run = _run(
         *(rank, LAYOUTS[0], data, output_dir, "--checkpoint.async_save", "true"),
         *("--checkpoint.save_interval", str(_SAVE_INTERVAL), "--checkpoint.keep_last", "1"),
     )
@@ -169,18 +174,19 @@ def _measure_stall(rank: int, data: Path, output_dir: Path) -> dict[str, float]:
 
     def on_step(_: Any) -> bool:
         if not ends:
-            save = trainer.checkpointer.save
+            save = session.checkpointer.save
 
             def timed_save(state: Any) -> None:
                 begin = time.monotonic()
                 save(state)
                 blocked.append(time.monotonic() - begin)
 
-            trainer.checkpointer.save = timed_save
+            session.checkpointer.save = timed_save
         ends.append(time.monotonic())
         return len(ends) == _STEPS
 
-    trainer.run(on_step)
+    with start(run) as session:
+        loop(session, on_step)
     intervals = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     after_save = [n for n in range(len(intervals)) if (n + 1) % _SAVE_INTERVAL == 0]
     # The first steps find their memory; the one after a save has the writing beside it.

@@ -1,6 +1,6 @@
 """Counts the bytes of each collective in one optimizer step and compares them with formulae.
 
-Every layout is trained by the real `Trainer`; its third and fourth step are counted, which must be
+Every layout is trained by the real loop; its third and fourth step are counted, which must be
 the same, and the fourth is counted again by torch's profiler. Two tables: what each collective was
 handed, against `traffic.py`; and what a rank sends on a ring, against the papers, with every
 excess named. Ends with 1 if a figure is more than 5 % off its formula.
@@ -93,12 +93,12 @@ def _count_case(rank: int, case: Case, data: Path, output_dir: Path) -> tuple[li
     dispatched: Counter
     profiler = ExitStack()
 
-    def on_step(trainer: Any) -> bool:
+    def on_step(session: Any) -> bool:
         # A step begins with the logging of the one before, and is as long as any other.
         nonlocal counter, dispatched
-        step = trainer.state.step
+        step = session.state.step
         if step == 1:
-            counter = CollectiveCounter(lambda group: _axis_of(group, trainer.groups))
+            counter = CollectiveCounter(lambda group: _axis_of(group, session.groups))
         if step in (3, 4):
             steps.append(counter.stop())
         if step == 4:

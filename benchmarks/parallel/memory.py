@@ -1,6 +1,6 @@
 """Measures what a rank holds of the model, and compares it with ZeRO's and Megatron's formulae.
 
-Every layout is trained by the real `Trainer`. In the third step all tensors of the process are
+Every layout is trained by the real loop. In the third step all tensors of the process are
 walked twice, each storage counted once: after the last backward, before gradients are reduced, and
 just before the optimizer's update. What is held is taken from the second, but the gradients of ZeRO
 0 and 1, whole until they are reduced, from the first; what the first has beyond that is "under
@@ -94,9 +94,9 @@ def _measure_case(rank: int, case: Case, data: Path, output_dir: Path) -> list[C
     before = list(_live_tensors())
     known = {_address(tensor) for tensor in before}
 
-    def on_step(trainer: Any) -> bool:
-        if trainer.state.step == 2:
-            engine = trainer.engine
+    def on_step(session: Any) -> bool:
+        if session.state.step == 2:
+            engine = session.engine
 
             def measured_before(function: Any) -> Any:
                 def measure_and_call(*arguments: Any, **options: Any) -> Any:
@@ -108,7 +108,7 @@ def _measure_case(rank: int, case: Case, data: Path, output_dir: Path) -> list[C
 
             engine.allreduce_gradients = measured_before(engine.allreduce_gradients)
             engine.optimizer.step = measured_before(engine.optimizer.step)
-        return trainer.state.step == 3
+        return session.state.step == 3
 
     train(
         case,

@@ -1,4 +1,4 @@
-"""What both benchmarks share: cases, and training one through the real `Trainer`.
+"""What both benchmarks share: cases, and training one through the real loop.
 
 Ranks start once for each world size and train all its cases, as in tests/parity/suite.py.
 Next files: `communication.py`, `memory.py`.
@@ -83,15 +83,17 @@ def train(
         arguments: Flags of `launch/pretrain.py` that are the same for all cases.
         rank: Of this process.
         data: Prefix of the training data.
-        output_dir: For what the trainer writes.
-        on_step: Called with the trainer after each step.
+        output_dir: For what the run writes.
+        on_step: Called with the session after each step.
     """
-    from megagpt.training.trainer import Trainer, World
+    from megagpt.training.loop import loop
+    from megagpt.training.run import World, prepare_run
+    from megagpt.training.start import start
 
     config, sources = _config(case, [*arguments, "--data.path", str(data)], output_dir)
     # DeepSpeed prints, and its logger keeps the stdout of its import; stdout is for the tables.
     with contextlib.redirect_stdout(sys.stderr):
-        trainer = Trainer(
+        run = prepare_run(
             config,
             case.ds_config(),
             ds_config_path=case.name,
@@ -99,8 +101,9 @@ def train(
             world=World(rank, Layout.parse(case.layout).world_size),
             device="cpu",
         )
-        summary = trainer.run(lambda _: on_step(trainer))
-    assert not summary, "training ended before enough steps were seen"
+        with start(run) as session:
+            last = loop(session, lambda _: on_step(session))
+    assert last is None, "training ended before enough steps were seen"
 
 
 def resolved_config(case: Case, arguments: list[str]) -> Config:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megagpt.config.schema import Config
-from megagpt.data.datasets import Dataset, first_prefix
-from megagpt.data.indexed.manifest import read_manifest
+from megagpt.config.schema import BatchConfig, DataConfig, TrainingConfig
+from megagpt.data.datasets import Dataset
 from megagpt.data.samples.gpt_dataset import PAD
 from megagpt.data.samples.masks import document_boundaries, tokens_to_batch
 from megagpt.data.samples.sampler import BatchSampler
@@ -56,24 +55,36 @@ class Batches:
         wait_seconds: How long the last step waited for its data.
 
     Args:
-        config: Of the run.
         datasets: By split.
+        batch: Samples of a step and of a micro-batch.
+        training: The last step, the samples of an evaluation and the seed of dropout.
+        data: What is masked.
+        end_of_document: The token that ends documents; needed by masking only.
+        has_dropout: Whether samples carry the keys of their masks.
         dp_rank: This rank among the data-parallel ranks.
         dp_size: Data-parallel ranks.
-
-    Raises:
-        ValueError: If masking is asked for and nothing tells which token ends documents.
     """
 
     def __init__(
-        self, config: Config, datasets: dict[str, Dataset], *, dp_rank: int, dp_size: int
+        self,
+        datasets: dict[str, Dataset],
+        batch: BatchConfig,
+        training: TrainingConfig,
+        data: DataConfig,
+        *,
+        end_of_document: int | None,
+        has_dropout: bool,
+        dp_rank: int,
+        dp_size: int,
     ) -> None:
-        self.config = config
         self.datasets = datasets
-        self.eod = _end_of_document(config)
+        self._training = training
+        self._data = data
+        self.end_of_document = end_of_document
+        self.has_dropout = has_dropout
         self.sampler = BatchSampler(
-            global_batch_size=config.batch.global_batch_size,
-            micro_batch_size=config.batch.micro_batch_size,
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=batch.micro_batch_size,
             dp_rank=dp_rank,
             dp_size=dp_size,
         )
@@ -93,17 +104,17 @@ class Batches:
             batches = self._read_step(*place)
         self.wait_seconds = time.monotonic() - begin
         self._ahead = None
-        if step < self.config.training.train_steps:
-            following = (consumed_samples + self.config.batch.global_batch_size, step + 1)
+        if step < self._training.train_steps:
+            following = (consumed_samples + self.sampler.global_batch_size, step + 1)
             self._ahead = (following, self._reader.submit(self._read_step, *following))
         return batches
 
     def evaluation(self, split: str) -> Iterator[MicroBatch]:
         """The micro-batches of an evaluation, as many on every rank."""
         dataset = self.datasets[split]
-        count = min(len(dataset), self.config.training.eval_samples or len(dataset))
+        count = min(len(dataset), self._training.eval_samples or len(dataset))
         for indices in self.sampler.evaluation_batches(count):
-            samples = np.full((len(indices), self.config.model.seq_length + 1), PAD, np.int64)
+            samples = np.full((len(indices), dataset.seq_length + 1), PAD, np.int64)
             used = [i for i in indices if i >= 0]  # padding stands at the end
             dataset.gather(used, out=samples[: len(used)])
             yield self._micro_batch(samples, indices, step=0)
@@ -121,7 +132,7 @@ class Batches:
 
     def _micro_batch(self, samples: np.ndarray, indices: list[int], *, step: int) -> MicroBatch:
         """Tensors of samples [b, s + 1]."""
-        data = self.config.data
+        data = self._data
         num_samples, length = len(samples), samples.shape[1] - 1
         # Pinned, where a GPU copies it while it computes.
         buffer = torch.empty(
@@ -131,31 +142,15 @@ class Batches:
         )
         tokens, _ = tokens_to_batch(
             samples,
-            masked_after=self.eod if data.eod_mask_loss else None,
+            masked_after=self.end_of_document if data.eod_mask_loss else None,
             out=buffer[:2].numpy(),
         )
         positions = keys = None
         if data.document_masking:
-            assert self.eod is not None
+            assert self.end_of_document is not None
             positions = buffer[2]
-            positions.numpy()[:] = document_boundaries(tokens, self.eod)[0]
-        if self.config.model.dropout:
+            positions.numpy()[:] = document_boundaries(tokens, self.end_of_document)[0]
+        if self.has_dropout:
             # In evaluation too, where nothing is dropped: a pipeline's messages keep their form.
-            keys = dropout_keys(torch.tensor(indices), seed=self.config.training.seed, step=step)
+            keys = dropout_keys(torch.tensor(indices), seed=self._training.seed, step=step)
         return MicroBatch(buffer[0], buffer[1], positions, keys)
-
-
-def _end_of_document(config: Config) -> int | None:
-    """The token that ends documents, from the data's manifest; needed by masking only."""
-    prefix = first_prefix(config.data)
-    manifest = read_manifest(prefix or "")
-    if manifest is not None:
-        return manifest.eod
-    for name in ("document_masking", "eod_mask_loss"):
-        if getattr(config.data, name):
-            raise ValueError(
-                f"data.{name}=true needs the token that ends documents, and {prefix} has no "
-                "manifest that tells it; preprocess the data with tools/preprocess_data.py, or "
-                "turn it off"
-            )
-    return None

@@ -1,6 +1,6 @@
-"""From a command line to a finished run: arguments, process group, `Trainer`.
+"""From a command line to a finished run, in three steps: prepare, start, loop.
 
-Next file: `trainer.py`.
+Next files: `run.py`, `start.py`, `loop.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megagpt.config.command_line import parse_config
+from megagpt.config.refusals import Device
 from megagpt.operations.prebuild import remove_stale_locks
 
 if TYPE_CHECKING:
-    from megagpt.training.train_step import StepResult
-    from megagpt.training.trainer import Trainer
+    from megagpt.training.loop import OnStep
+
+logger = logging.getLogger("megagpt")
 
 EXIT_REQUEUE = 75
 """Stopped by a signal with its state saved: start it again (EX_TEMPFAIL of sysexits.h)."""
@@ -37,75 +40,80 @@ def pretrain(arguments: list[str]) -> int:
     return EXIT_REQUEUE if train(arguments) else 0
 
 
-def train(arguments: list[str], on_step: Callable[[StepResult], bool | None] | None = None) -> bool:
-    """Checks everything, joins the process group of the launcher, and trains.
+def train(arguments: list[str], on_step: OnStep | None = None) -> bool:
+    """Prepares the run, joins the launcher's process group, starts, and goes through the loop.
 
     Returns:
         Whether a signal stopped it; its state is saved then.
 
     Args:
         arguments: The command line of `launch/pretrain.py`.
-        on_step: As in `Trainer.run`.
+        on_step: As in `megagpt.training.loop.loop`.
 
     Raises:
         ValueError: For what a user can mend, on the first rank of a host; the others exit with 1.
     """
+    with _told_once():
+        config, ds_config, sources = parse_config(_demo_by_default(arguments))
+        device = _prepare_process()
+        # Imported here: they take seconds, which --help and a wrong flag should not.
+        from megagpt.training.run import World, prepare_run
+
+        run = prepare_run(
+            config,
+            ds_config,
+            ds_config_path=sources.get("ds_config", "ds_config"),
+            sources=sources,
+            world=World.from_environment(),
+            device=device,
+        )
+    with _process_group(device):
+        from megagpt.training.followers.stopping import is_finished
+        from megagpt.training.loop import loop
+        from megagpt.training.start import start
+
+        run.announce()
+        training = run.config.training
+        if is_finished(training, run.state):
+            logger.info(
+                f"nothing to do: step {run.state.step} of {training.train_steps} is already "
+                f"trained in {run.directory}; raise its limit to go on"
+            )
+            return False
+        with start(run) as session:
+            last = loop(session, on_step)
+    return last is not None and last.verdict.is_signalled
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """The ranks of a host find the same fault; the first one tells it."""
     try:
-        trainer, device = _check_everything(arguments)
+        yield
     except ValueError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # The ranks of a host find the same fault: the first one tells it, and the launcher must
-            # not end that one before it has.
+            # The launcher must not end the first one before it has told.
             time.sleep(5)
             raise SystemExit(1) from None
         raise
-    _initialise_process_group(device)
-    import torch
-
-    from megagpt.checkpoint.loader import CheckpointRefused
-    from megagpt.checkpoint.saver import SaveFailed
-
-    # After any other error ranks may be within a collective, and the end of a group waits for it.
-    try:
-        trainer.run(on_step)
-    except (CheckpointRefused, SaveFailed):
-        torch.distributed.destroy_process_group()
-        if trainer.world.rank == 0:
-            raise
-        raise SystemExit(1) from None  # all ranks know of it; the first one tells
-    torch.distributed.destroy_process_group()
-    return trainer.is_interrupted
 
 
-def _check_everything(arguments: list[str]) -> tuple[Trainer, Literal["cpu", "cuda"]]:
-    """All that can be found wrong without other ranks; no process group exists yet."""
-    config, ds_config, sources = parse_config(_demo_by_default(arguments))
+def _prepare_process() -> Device:
+    """Logging, and what torch and DeepSpeed read from the environment; the device to train on."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING, force=True)
-    logging.getLogger("megagpt").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # Imported here: they take seconds, which --help and a wrong flag should not.
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    device: Literal["cpu", "cuda"] = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"
     # PyTorch's builder takes the ninja on PATH, and another version of it compiles every op anew.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed loads compiled ops below; a lock left by a killed build would hang it for ever.
+    # DeepSpeed loads compiled ops; a lock left by a killed build would hang it for ever.
     remove_stale_locks()
-    from megagpt.training.trainer import Trainer, World
-
-    trainer = Trainer(
-        config,
-        ds_config,
-        ds_config_path=sources.get("ds_config", "ds_config"),
-        sources=sources,
-        world=World.from_environment(),
-        device=device,
-    )
-    return trainer, device
+    return "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"
 
 
 def _demo_by_default(arguments: list[str]) -> list[str]:
@@ -123,8 +131,17 @@ def _demo_by_default(arguments: list[str]) -> list[str]:
     return [*defaults, *arguments]
 
 
-def _initialise_process_group(device: str) -> None:
+@contextmanager
+def _process_group(device: Device) -> Iterator[None]:
+    """Joins the launcher's ranks; leaves them at the end, or where all have met the same error.
+
+    After any other error ranks may be within a collective, and the end of a group waits for it.
+    """
     import deepspeed
+    import torch
+
+    from megagpt.checkpoint.loader import CheckpointRefused
+    from megagpt.checkpoint.saver import SaveFailed
 
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -141,3 +158,11 @@ def _initialise_process_group(device: str) -> None:
     deepspeed.init_distributed(
         dist_backend="gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False
     )
+    try:
+        yield
+    except (CheckpointRefused, SaveFailed):
+        torch.distributed.destroy_process_group()
+        if os.environ["RANK"] == "0":
+            raise
+        raise SystemExit(1) from None  # all ranks know of it; the first one tells
+    torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
 """One optimizer step and one evaluation, with the loss normalised by the global token count.
 
-With and without pipeline. Next file: `trainer.py`.
+With and without pipeline. Next files: `batches.py`, `engine.py`.
 """
 
 from __future__ import annotations

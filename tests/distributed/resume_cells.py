@@ -29,11 +29,11 @@ def prepare_data(directory):
     )
 
 
-def trainer(
+def prepare(
     rank, layout_name, data, output_dir, *, steps, model="gpt2", precision="fp32", extra=()
 ):
-    """A trainer of one cell."""
-    from megagpt.training.trainer import Trainer, World
+    """The prepared run of one cell."""
+    from megagpt.training.run import World, prepare_run
 
     layout = Layout.parse(layout_name)
     arguments = [
@@ -50,7 +50,7 @@ def trainer(
         *extra,
     ]
     config, _, sources = parse_config(arguments)
-    return Trainer(
+    return prepare_run(
         config,
         layout.ds_config(),
         ds_config_path=layout_name,
@@ -62,13 +62,17 @@ def trainer(
 
 def train(rank, *arguments, stop_after=None, **options):
     """One run; (loss, gradient norm) of each step, until the end or for stop_after steps."""
+    from megagpt.training.loop import loop
+    from megagpt.training.start import start
+
     curve = []
 
     def on_step(result):
         curve.append((result.loss, result.grad_norm))
         return len(curve) == stop_after
 
-    trainer(rank, *arguments, **options).run(on_step)
+    with start(prepare(rank, *arguments, **options)) as session:
+        loop(session, on_step)
     return curve
 
 

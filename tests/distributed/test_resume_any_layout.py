@@ -10,7 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
-from resume_cells import prepare_data, train, trainer
+from resume_cells import prepare, prepare_data, train
 
 from megagpt.config.layout import Layout
 from megagpt.testing.distributed import run_distributed
@@ -65,16 +65,17 @@ def save_sources(rank, world_size, cells, data, root):
 
 def load_pairs(rank, world_size, pairs, data, root):
     """Each pair: saves what was loaded, and trains on; (the losses, whether all bits are there)."""
+    from megagpt.training.start import start
+
     outcome = {}
     for model, source, target in pairs:
         checkpoint = root / model / source / "checkpoints" / f"step_{SAVED:08d}"
         folder = root / model / f"{source}_to_{target}"
         extra = ("--checkpoint.load", str(checkpoint))
         arguments = (rank, target, data, folder)
-        loaded = trainer(*arguments, steps=SAVED + FURTHER, model=model, extra=extra)
-        loaded.set_up()
-        loaded.checkpointer.save(loaded.state)
-        loaded.checkpointer.close()
+        run = prepare(*arguments, steps=SAVED + FURTHER, model=model, extra=extra)
+        with start(run) as loaded:
+            loaded.checkpointer.save(loaded.state)
         is_equal = None
         if rank == 0:
             is_equal = same_bits(checkpoint, folder / "checkpoints" / checkpoint.name)

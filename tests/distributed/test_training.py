@@ -67,7 +67,9 @@ def train(
 ):
     """One run in this process; returns (loss, gradient norm) of each step."""
     from megagpt.config.command_line import parse_config
-    from megagpt.training.trainer import Trainer, World
+    from megagpt.training.loop import loop
+    from megagpt.training.run import World, prepare_run
+    from megagpt.training.start import start
 
     arguments = [
         "--ds_config", str(ROOT / f"ds_configs/{zero}.json"),
@@ -84,7 +86,7 @@ def train(
         arguments += ["--training.exit_step", str(exit_step)]
     arguments += extra
     config, ds_config, sources = parse_config(arguments)
-    trainer = Trainer(
+    run = prepare_run(
         config,
         ds_config,
         ds_config_path=zero,
@@ -93,7 +95,8 @@ def train(
         device="cpu",
     )
     curve = []
-    trainer.run(on_step=lambda result: curve.append((result.loss, result.grad_norm)))
+    with start(run) as session:
+        loop(session, lambda result: curve.append((result.loss, result.grad_norm)))
     return curve
 
 

@@ -7,8 +7,8 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 
 import megagpt.config.command
-import megagpt.training.pretrain
-import megagpt.training.trainer  # noqa: F401
+import megagpt.training.loop
+import megagpt.training.pretrain  # noqa: F401
 
 torch.set_num_threads(1)
 FusedAdam([torch.zeros(1)])  # loads the compiled op

@@ -221,9 +221,9 @@ BATCH_AND_LOSS = (
     Mutation(
         "learning rate one step late",
         "A step is taken at the learning rate of that step.",
-        "training/trainer.py",
-        "self.state.step + 1,\n            config.optimizer,",
-        "mark(self.state.step),\n            config.optimizer,",
+        "training/loop.py",
+        "        step,\n        config.optimizer,",
+        "        mark(before.step),\n        config.optimizer,",
         ("zero0 gpt2 fp32",),
     ),
     Mutation(

@@ -108,10 +108,12 @@ def train_cells(rank: int, world_size: int, cells: list[Cell], data: Path, root:
 
 def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: Path) -> tuple:
     from megagpt.checkpoint.weights import load_weights
-    from megagpt.training.trainer import Trainer, World
+    from megagpt.training.loop import loop
+    from megagpt.training.run import World, prepare_run
+    from megagpt.training.start import start
 
     config, _, sources = parse_config(arguments(cell, data, output_dir))
-    trainer = Trainer(
+    run = prepare_run(
         config,
         Layout.parse(cell.layout).ds_config(),
         ds_config_path=cell.layout,
@@ -125,31 +127,32 @@ def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: P
         curve.append((result.loss, result.grad_norm, result.num_tokens))
         swapped.update(path.parts[-3] for path in output_dir.glob("nvme/zero_stage_3/*/rank*/*"))
 
-    summary = trainer.run(on_step)
+    with start(run) as session:
+        last = loop(session, on_step)
     # What a layout says is on NVMe really was: DeepSpeed keeps small tensors in memory.
     assert any("optimizer" in name for name in swapped) == ("nvme" in cell.layout), swapped
     assert any("params" in name for name in swapped) == ("offload_nvme" in cell.layout), swapped
     assert not (output_dir / "nvme").exists()
     # On NVMe the shards are gone with their files.
-    drifted = [] if "nvme" in cell.layout else drifted_weights(trainer)
+    drifted = [] if "nvme" in cell.layout else drifted_weights(session)
     weights = {}
     if rank == 0:
         weights = {name: w.numpy() for name, w in load_weights(output_dir)[1].items()}
-    return curve, summary["validation_loss"], weights, drifted
+    return curve, last.validation["valid"], weights, drifted
 
 
-def drifted_weights(trainer) -> list[str]:
+def drifted_weights(session) -> list[str]:
     """Weights of which not all copies, over dp, tp and pp, have the same bits; on every rank."""
     import torch.distributed as dist
 
     own = {}
-    for name, parameter in trainer.engine.module.canonical_parameters():
+    for name, parameter in session.engine.module.canonical_parameters():
         shard = getattr(parameter, "ds_tensor", None)  # of ZeRO-3, another on each dp rank
         values = parameter if shard is None else shard
         place = (
             name,
-            trainer.groups.tp_rank if hasattr(parameter, "tp_dim") else None,
-            None if shard is None else trainer.groups.dp_rank,
+            session.groups.tp_rank if hasattr(parameter, "tp_dim") else None,
+            None if shard is None else session.groups.dp_rank,
         )
         own[place] = hashlib.sha256(values.detach().float().numpy().tobytes()).hexdigest()
     everyone: list[dict] = [{}] * dist.get_world_size()

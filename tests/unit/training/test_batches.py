@@ -29,7 +29,16 @@ def config(tmp_path_factory):
 
 def build(config, *, dp_rank=0, dp_size=1):
     datasets = build_datasets(config.data, seq_length=16, seed=config.training.seed)
-    return Batches(config, datasets, dp_rank=dp_rank, dp_size=dp_size)
+    return Batches(
+        datasets,
+        config.batch,
+        config.training,
+        config.data,
+        end_of_document=256,
+        has_dropout=False,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
 
 
 def rows_of(ranks, step):
@@ -62,7 +71,7 @@ def test_labels_follow_tokens_and_positions_begin_again_at_documents(config):
     for batch in batches.training(0, step=1):
         assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
         begins = torch.ones_like(batch.tokens, dtype=torch.bool)
-        begins[:, 1:] = batch.tokens[:, :-1] == batches.eod
+        begins[:, 1:] = batch.tokens[:, :-1] == batches.end_of_document
         assert torch.equal(batch.position_ids == 0, begins)
         assert batch.tokens.is_contiguous() and batch.labels.is_contiguous()
     batches.close()

@@ -5,6 +5,7 @@ All ranks learn of it in one message after each step, for clocks and signals dif
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megagpt.checkpoint.format.manifest import CheckpointState
+from megagpt.checkpoint.saver import Checkpointer
 from megagpt.config.schema import TrainingConfig
+from megagpt.training.followers.record import StepRecord, Verdict
 
 _REPEAT_SECONDS = 5.0
 """Within this, a second signal is the first one's echo: a launcher hands on what it got itself."""
@@ -50,55 +53,40 @@ class StopSignal:
             signal.raise_signal(number)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What all ranks agree on after a step."""
-
-    stop: str | None
-    """Why the run ends here; None if it goes on."""
-    is_signalled: bool
-    """Whether it ends because a rank was told to."""
-    has_save_failed: bool
-    """Whether a save in the background has failed on some rank."""
-
-
 def is_finished(training: TrainingConfig, state: CheckpointState) -> bool:
     """Whether nothing is left to train, whatever the time."""
     return _limit_reached(training, state) is not None
 
 
-def agree(
-    training: TrainingConfig,
-    state: CheckpointState,
-    *,
-    start_time: float,
-    signalled: bool,
-    has_save_failed: bool,
-) -> Verdict:
-    """How to go on after this step; a collective, the same answer on every rank.
+@dataclass(frozen=True)
+class Stopping:
+    """Gives the verdict in which all ranks agree; one collective after every step."""
 
-    Args:
-        training: The limits.
-        state: After the step.
-        start_time: `time.monotonic()` at the start of this process's run; rank 0's counts.
-        signalled: Whether this rank was told to stop.
-        has_save_failed: Whether this rank knows of a failed save.
-    """
-    limit = training.exit_duration_seconds
-    late = limit is not None and dist.get_rank() == 0 and time.monotonic() - start_time > limit
-    flags = torch.tensor([late, signalled, has_save_failed], dtype=torch.int32)
-    if dist.get_backend() != "gloo":
-        flags = flags.cuda()
-    # all-reduce over the world: each rank's flags -> whether any rank has set them
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    late, signalled, has_save_failed = (bool(flag) for flag in flags.tolist())
-    stop = _limit_reached(training, state)
-    if stop is None and late:
-        stop = f"exit_duration_seconds={limit} reached"
-    is_signalled = stop is None and signalled
-    if is_signalled:
-        stop = "a signal to stop was received"
-    return Verdict(stop, is_signalled, has_save_failed)
+    training: TrainingConfig
+    start_time: float
+    """`time.monotonic()` at the start of this process's run; rank 0's counts."""
+    stop_signal: StopSignal
+    checkpointer: Checkpointer
+
+    def after_step(self, record: StepRecord) -> StepRecord:
+        """Adds the verdict to the record."""
+        limit = self.training.exit_duration_seconds
+        elapsed = time.monotonic() - self.start_time
+        late = limit is not None and dist.get_rank() == 0 and elapsed > limit
+        is_told = self.stop_signal.received is not None
+        flags = torch.tensor([late, is_told, self.checkpointer.has_failed], dtype=torch.int32)
+        if dist.get_backend() != "gloo":
+            flags = flags.cuda()
+        # all-reduce over the world: each rank's flags -> whether any rank has set them
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        late, is_told, has_save_failed = (bool(flag) for flag in flags.tolist())
+        stop = _limit_reached(self.training, record.state)
+        if stop is None and late:
+            stop = f"exit_duration_seconds={limit} reached"
+        is_signalled = stop is None and is_told
+        if is_signalled:
+            stop = "a signal to stop was received"
+        return dataclasses.replace(record, verdict=Verdict(stop, is_signalled, has_save_failed))
 
 
 def _limit_reached(training: TrainingConfig, state: CheckpointState) -> str | None:

@@ -1,0 +1,1 @@
+"""What looks at each step and acts on it; the loop hands the step to each in turn."""

@@ -1,0 +1,60 @@
+"""The figures of the steps that are due; every step is counted."""
+
+from types import SimpleNamespace
+
+import pytest
+from steps import record
+
+from megagpt.config.schema import ModelConfig, MonitorConfig
+from megagpt.monitor.throughput import model_flops_per_token
+from megagpt.training.followers import figures
+from megagpt.training.followers.figures import Figures
+
+MODEL = ModelConfig(vocab_size=257)
+
+
+def follow(monkeypatch, config, records, *, loss_scale=None):
+    """What is logged: (step, samples, values) of each step that is due."""
+    monkeypatch.setattr(figures, "parameter_norm", lambda engine, groups: 12.0)
+    logged = []
+    metrics = SimpleNamespace(training=lambda *arguments: logged.append(arguments))
+    engine = SimpleNamespace(
+        fp16_enabled=lambda: loss_scale is not None,
+        optimizer=SimpleNamespace(loss_scale=loss_scale),
+    )
+    groups = SimpleNamespace(topology=SimpleNamespace(world_size=2))
+    follower = Figures(metrics, config, MODEL, 4, engine, groups, num_skipped=3)
+    for each in records:
+        assert follower.after_step(each) is None
+    return logged
+
+
+def test_every_interval_is_logged_with_what_the_steps_between_gave(monkeypatch):
+    steps = [record(1, was_applied=False), record(2, loss=float("nan")), record(3), record(4)]
+    first, second = follow(monkeypatch, MonitorConfig(log_interval=2), steps)
+    assert [first[:2], second[:2]] == [(2, 8), (4, 16)]
+    values = second[2]
+    assert values["skipped-iterations"] == 4 and values["nan-iterations"] == 1
+    expected = {
+        "lm loss": 2.0,
+        "learning-rate": 1e-3,
+        "grad-norm": 0.5,
+        "params-norm": 12.0,
+        "batch-size": 4.0,
+        "loss-scale": 1.0,
+        "world-size": 2.0,
+        "iteration-time": 2.0,
+        "data-wait-share": 0.25,
+        "tokens-per-second": 5.0,
+    }
+    assert values.items() >= expected.items()
+    assert "mfu" not in values
+
+
+def test_utilisation_and_loss_scale_are_logged_where_there_are_any(monkeypatch):
+    config = MonitorConfig(peak_tflops=1e-6)
+    ((_, _, values),) = follow(monkeypatch, config, [record()], loss_scale=64)
+    tflops = model_flops_per_token(MODEL) * 10 / 2.0 / 2 / 1e12
+    assert values["throughput"] == pytest.approx(tflops)
+    assert values["mfu"] == pytest.approx(tflops / 1e-6)
+    assert values["loss-scale"] == 64.0

@@ -1,0 +1,42 @@
+"""When a run is validated, and what the record and the log are given."""
+
+from types import SimpleNamespace
+
+import pytest
+from steps import record
+
+from megagpt.training.followers import validation
+from megagpt.training.followers.record import Verdict
+from megagpt.training.followers.validation import Validation
+
+LOSSES = {"valid": 1.5, "valid-other": 2.5}
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    monkeypatch.setattr(validation, "evaluate", lambda engine, batches, *, groups: LOSSES[batches])
+    return []
+
+
+def follower(logged, interval):
+    def log(step, samples, loss, *, name):
+        logged.append((step, samples, loss, name))
+
+    batches = SimpleNamespace(
+        datasets=dict.fromkeys(("train", *LOSSES, "test")), evaluation=lambda split: split
+    )
+    return Validation(SimpleNamespace(validation=log), interval, None, batches, None)
+
+
+def test_each_set_is_scored_at_each_interval_and_at_the_end(logged):
+    follow = follower(logged, 2).after_step
+    assert follow(record(1)) is None
+    assert follow(record(2)).validation == LOSSES
+    assert logged == [(2, 8, 1.5, ""), (2, 8, 2.5, "-other")]
+    assert follow(record(5, verdict=Verdict(stop="train_steps=5 reached"))).validation == LOSSES
+
+
+def test_a_run_that_is_told_to_stop_is_not_validated(logged):
+    told = Verdict(stop="a signal to stop was received", is_signalled=True)
+    assert follower(logged, 2).after_step(record(2, verdict=told)) is None
+    assert logged == []
