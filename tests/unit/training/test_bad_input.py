@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 def preprocess(source, prefix):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(source)]
+        [sys.executable, "-m", "megagpt", "preprocess", "--input", str(source)]
         + ["--output_prefix", str(prefix), "--tokenizer", "byte"],
         capture_output=True,
         text=True,

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +55,6 @@ from megagpt.inference.load import build_model, load
 
 transformers.logging.set_verbosity_error()
 
-TOOLS = Path(__file__).resolve().parents[4] / "tools"
 VOCAB, LENGTH = 61, 13
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
 
@@ -476,18 +474,18 @@ def test_the_tokenizer_goes_along_and_gives_the_same_ids(kind, style, tmp_path):
 def assert_scored_alike(folder, tokenizer):
     """An import scores a pair as the checkpoint does that it came from."""
     (folder / "text.txt").write_text(TEXT)
-    run_tool("preprocess_data.py", "--input", folder / "text.txt", "--format", "text",
+    run_verb("preprocess", "--input", folder / "text.txt", "--format", "text",
              "--output_prefix", folder / "pair", "--tokenizer", tokenizer)  # fmt: skip
     losses = {}
     for run in ("run", "again"):
         words = ("--checkpoint", folder / run, "--data", folder / "pair", "--tokenizer", tokenizer)
-        run_tool("evaluate.py", *words, "--json", folder / f"{run}.json")
+        run_verb("evaluate", *words, "--json", folder / f"{run}.json")
         losses[run] = json.loads((folder / f"{run}.json").read_text())["loss"]
     assert losses["run"] == losses["again"] > 0
 
 
-def run_tool(name, *words):
-    command = [sys.executable, str(TOOLS / name), *map(str, words)]
+def run_verb(name, *words):
+    command = [sys.executable, "-m", "megagpt", name, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

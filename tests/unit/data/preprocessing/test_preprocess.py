@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from megagpt.data.tokenizers.tokenizer import ByteTokenizer
 from megagpt.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[4]
-TOOL = str(ROOT / "tools/preprocess_data.py")
+COMMAND = [sys.executable, "-m", "megagpt", "preprocess"]
 
 
 def write_jsonl(path, texts, key="text"):
@@ -252,7 +253,7 @@ def test_failed_write_is_one_line_and_the_older_pair_stays(tmp_path):
     encode(write_jsonl(tmp_path / "old.jsonl", ["old"]), tmp_path / "out")
     before = (tmp_path / "out.bin").read_bytes()
     source = write_jsonl(tmp_path / "a.jsonl", ["some text " * 100] * 3000)
-    command = f"ulimit -f 1000; exec {sys.executable} {TOOL} --input {source} --tokenizer byte"
+    command = f"ulimit -f 1000; exec {shlex.join(COMMAND)} --input {source} --tokenizer byte"
     done = subprocess.run(
         ["bash", "-c", f"{command} --output_prefix {tmp_path / 'out'}"],
         capture_output=True,
@@ -300,7 +301,7 @@ def test_manifest_finds_its_tokenizer_after_a_move(tmp_path):
 
 def run_tool(*arguments):
     return subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)],
+        [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -322,9 +323,9 @@ def test_command_exits_1_with_one_line(tmp_path):
 
 def test_command_imports_no_torch(tmp_path):
     code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{TOOL!r}, '--help']\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "import sys\n"
+        "from megagpt.commands import main\n"
+        "try:\n    main(['preprocess', '--help'])\n"
         "except SystemExit:\n    pass\n"
         "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)\n"
     )
@@ -338,7 +339,7 @@ def test_ended_command_leaves_no_pair_and_goes_on_where_it_was(tmp_path, number,
     texts = [f"{i} " + "some words to encode " * 500 for i in range(8000)]
     write_jsonl(source, texts)
     arguments = ["--input", source, "--output_prefix", tmp_path / "out", "--tokenizer", "byte"]
-    command = [sys.executable, TOOL, *map(str, arguments), "--workers", str(workers)]
+    command = [*COMMAND, *map(str, arguments), "--workers", str(workers)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
