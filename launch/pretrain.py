@@ -1,12 +1,6 @@
-"""Pretrains a GPT: `deepspeed launch/pretrain.py --config RUN.yaml --ds_config JSON`.
+"""A door to `megagpt train`: `deepspeed`, `torchrun` and `srun` start a script on every rank."""
 
-The same script runs under `deepspeed`, `torchrun` and plain `python`.
-"""
-
-import sys
-
-from megagpt.config.command import run_command
-from megagpt.training.pretrain import pretrain
+from megagpt.commands import command
 
 if __name__ == "__main__":
-    sys.exit(run_command(pretrain))
+    command("train")

@@ -26,7 +26,6 @@ from megagpt.data.preprocessing.documents import read_documents
 
 FORMAT_CHECKS = ("megatron_bytes_identical", "megatron_reads_ours")
 
-_TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 _CHECKED_BYTES = 2_000_000
 _PSS_SECONDS = 0.05
 
@@ -65,7 +64,7 @@ def measure_preprocessing(
 def _command(text: Path, tokenizer: Path, prefix: Path, *, workers: int) -> list[str]:
     options = {"input": text, "output_prefix": prefix, "tokenizer": tokenizer, "workers": workers}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, str(_TOOL), *flags]
+    return [sys.executable, "-m", "megagpt", "preprocess", *flags]
 
 
 def _command_cpu_seconds(command: list[str]) -> float:
@@ -83,7 +82,7 @@ def _sentencepiece_cpu_seconds(parts: list[dict[str, Any]]) -> float:
 
 def _require_success(returncode: int, errors: str) -> None:
     if returncode:
-        raise RuntimeError(f"{_TOOL.name} ended with {returncode}: {errors.strip()}")
+        raise RuntimeError(f"megagpt preprocess ended with {returncode}: {errors.strip()}")
 
 
 def _peak_pss_bytes(command: list[str]) -> int:

@@ -35,6 +35,7 @@ _SECTIONS = sorted({key.rpartition(".")[0] for key in _SETTINGS} - {""})
 def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of one flag for every setting; it types values and prints the help."""
     parser = jsonargparse.ArgumentParser(
+        prog="megagpt train",
         usage="%(prog)s [--config RUN.yaml] [--ds_config DS.json] [--preset NAME] "
         "[--SECTION.KEY VALUE ...]",
         description="Settings: preset, then YAML files in order, then flags; the last one wins.",

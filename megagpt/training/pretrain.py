@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config.command_line import parse_config
-from megagpt.config.refusals import Device
+from megagpt.config.rule import Device
 from megagpt.operations.prebuild import remove_stale_locks
 
 if TYPE_CHECKING:
@@ -119,9 +119,11 @@ def _prepare_process() -> Device:
 def _demo_by_default(arguments: list[str]) -> list[str]:
     """With no run configuration and no data named, the run is the demo's, in a folder of its own.
 
+    Where the package is installed without the repository, there is none, and data must be named.
     The folder is named for DeepSpeed JSON and ranks, so that who tries several meets no old run.
     """
-    if any(a.startswith(("--config", "--preset", "--data.")) for a in arguments):
+    is_named = any(a.startswith(("--config", "--preset", "--data.")) for a in arguments)
+    if is_named or not DEMO_CONFIG.is_file():
         return arguments
     defaults = ["--config", str(DEMO_CONFIG)]
     if not any(a.startswith("--output_dir") for a in arguments):

@@ -22,7 +22,7 @@ from megagpt.config.deepspeed_config import (
     format_resolved_table,
     resolve_ds_config,
 )
-from megagpt.config.refusals import Device
+from megagpt.config.rule import Device
 from megagpt.config.schema import Config, DataConfig
 from megagpt.data.datasets import Dataset, build_datasets, data_fingerprint, first_prefix
 from megagpt.data.indexed.manifest import Manifest, read_manifest
@@ -260,7 +260,7 @@ def _manifest(data: DataConfig) -> Manifest | None:
     if prefix is None:
         raise ValueError(
             "no data is named; give --data.path PREFIX of a .bin/.idx pair made by "
-            "tools/preprocess_data.py (the demo's data and its config: make demo, then "
+            "megagpt preprocess (the demo's data and its config: make demo, then "
             "--config launch/demo.yaml)"
         )
     return read_manifest(prefix)
@@ -291,7 +291,7 @@ def _refuse_masking(data: DataConfig) -> None:
             raise ValueError(
                 f"data.{name}=true needs the token that ends documents, and {first_prefix(data)} "
                 "has no manifest that tells it; preprocess the data with "
-                "tools/preprocess_data.py, or turn it off"
+                "megagpt preprocess, or turn it off"
             )
 
 

@@ -1,4 +1,4 @@
-"""The commands that README and docs show: scripts, flags, files and make targets exist."""
+"""The commands that README and docs show: verbs, scripts, flags, files and make targets exist."""
 
 import re
 import shlex
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.commands import demo
 from megagpt.config.command_line import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,19 +28,19 @@ def commands():
 
 
 @lru_cache
-def flags_of(program: str, *subcommand: str) -> set[str]:
-    """Long flags in the help of a script or installed program, or of a command of it."""
-    path = ROOT / program
-    words = [sys.executable, str(path)] if path.is_file() else [installed(program)]
+def flags_of(program: str, *words: str) -> set[str]:
+    """Long flags in the help of a program: installed, Python with a script, a verb of megagpt."""
+    ours = {"megagpt": [sys.executable, "-m", "megagpt"], "python": [sys.executable]}
+    command = ours.get(program) or [installed(program)]
     done = subprocess.run(
-        [*words, *subcommand, "--help"], capture_output=True, text=True, timeout=120
+        [*command, *words, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", done.stdout))
 
 
 def installed(program: str) -> str:
-    path = Path(sys.executable).parent / Path(program).name
+    path = Path(sys.executable).parent / program
     assert path.is_file(), f"{program} is not installed"
     return str(path)
 
@@ -50,36 +51,41 @@ def flags_in(words):
 
 @pytest.mark.parametrize("command", commands())
 def test_command_exists_and_takes_its_flags(command, tmp_path, monkeypatch):
-    program = Path(command[0]).name
-    scripts = [word for word in command if word.endswith(".py")]
+    program, words = Path(command[0]).name, command[1:]
+    scripts = [word for word in words if word.endswith(".py")]
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(command[1:]) <= set(targets)
-        return
-    if program == "pip":
+        assert set(words) <= set(targets)
+    elif program == "pip":
         installed("pip")
-        return
-    if program == "pkill":
-        return  # tried by tests/distributed/test_training.py
-    if not scripts:
-        assert set(flags_in(command[1:])) <= flags_of(program)
-        return
-    script = command.index(scripts[0])
-    assert (ROOT / scripts[0]).is_file()
-    if program not in ("python", "python3"):
-        launcher_flags = {f.replace("-", "_") for f in flags_in(command[1:script])}
+    elif program == "pkill":
+        pass  # tried by tests/distributed/test_training.py
+    elif program == "megagpt":
+        verb, arguments = words[0], words[1:]
+        if verb == "parity":
+            end = arguments.index("--")
+            assert set(flags_in(arguments[:end])) <= flags_of(program, verb)
+            verb, arguments = "train", arguments[end + 1 :]  # what follows is a run
+        if verb == "train":
+            parse(arguments, tmp_path, monkeypatch)
+        else:
+            below = arguments[:1] if verb in ("data", "checkpoint", "demo") else []
+            assert set(flags_in(arguments)) <= flags_of(program, verb, *below)
+    elif program == "python":
+        assert words[0].startswith("benchmarks/")  # the rest are verbs
+        assert set(flags_in(words)) <= flags_of(program, words[0])
+    elif scripts:
+        assert scripts == ["launch/pretrain.py"]
+        script = words.index(scripts[0])
+        launcher_flags = {f.replace("-", "_") for f in flags_in(words[:script])}
         assert launcher_flags <= {f.replace("-", "_") for f in flags_of(program)}
-    arguments = command[script + 1 :]
-    if "--" in arguments:  # what follows is a run
-        end = arguments.index("--")
-        assert set(flags_in(arguments[:end])) <= flags_of(scripts[0])
-        arguments = arguments[end + 1 :]
-    elif scripts[0] != "launch/pretrain.py":
-        has_commands = scripts[0] in ("tools/data.py", "tools/checkpoint.py")
-        subcommand = arguments[:1] if has_commands else []
-        assert set(flags_in(arguments)) <= flags_of(scripts[0], *subcommand)
-        return
-    # Settings are parsed for real; run.yaml stands for the reader's own file.
+        parse(words[script + 1 :], tmp_path, monkeypatch)
+    else:
+        assert set(flags_in(words)) <= flags_of(program)
+
+
+def parse(arguments, tmp_path, monkeypatch):
+    """Settings are parsed for real; run.yaml stands for the reader's own file."""
     monkeypatch.chdir(ROOT)
     own = tmp_path / "run.yaml"
     own.write_text("model: {num_layers: 2}\n")
@@ -95,13 +101,8 @@ def test_links_lead_somewhere(page):
 
 def test_the_demo_prints_commands_that_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import demo
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    words = [str(word) for word in demo.train_command()]
-    script = words.index("launch/pretrain.py")
-    config, _, _ = parse_config(words[script + 1 :])
+    script, *arguments = demo.training()
+    config, _, _ = parse_config(arguments)
+    assert script == "launch/pretrain.py"
     assert config.output_dir == str(demo.RUN)
     assert config.data.test_path == str(demo.DATA / "test")

@@ -32,7 +32,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 _LARGEST_UINT16_VOCABULARY = 65_499
 
-REMAKE = "make the pair again with tools/preprocess_data.py"
+REMAKE = "make the pair again with megagpt preprocess"
 """Remedy for a damaged pair."""
 
 
@@ -106,7 +106,7 @@ class IndexedDataset:
         for path in (index_path, tokens_path):
             if not path.is_file():
                 raise ValueError(
-                    f"no data at {path}; make it with tools/preprocess_data.py "
+                    f"no data at {path}; make it with megagpt preprocess "
                     "(the demo's data: make demo)"
                 )
         index_stat = index_path.stat()

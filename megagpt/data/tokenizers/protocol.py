@@ -41,7 +41,7 @@ def read_tokenizer_file(path: str | Path) -> bytes:
     if not Path(path).is_file():
         raise ValueError(
             f"no tokenizer at {path}; give a SentencePiece .model (train one with "
-            f"tools/train_tokenizer.py), a tokenizer.json or `{BYTE_TOKENIZER}`"
+            f"megagpt tokenizer), a tokenizer.json or `{BYTE_TOKENIZER}`"
         )
     return Path(path).read_bytes()
 

@@ -42,7 +42,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise ValueError(
-                f"{path} is not a SentencePiece model; train one with tools/train_tokenizer.py"
+                f"{path} is not a SentencePiece model; train one with megagpt tokenizer"
             ) from error
         self.vocab_size: int = self._processor.vocab_size()
         eod = self._processor.piece_to_id(_EOD_PIECE)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from megagpt.data.tokenizers.sentencepiece import train_sentencepiece
 from megagpt.inference.export import export, tokenizer_files
 from megagpt.inference.load import load
 
-TOOLS = Path(__file__).resolve().parents[4] / "tools"
 TEXT = "It is a truth universally acknowledged, that a single man  must be in want of a wife.\n"
 
 
@@ -76,18 +74,18 @@ def test_the_tokenizer_goes_along_and_gives_the_same_ids(kind, style, tmp_path):
 def assert_scored_alike(folder, tokenizer):
     """An import scores a pair as the checkpoint does that it came from."""
     (folder / "text.txt").write_text(TEXT)
-    run_tool("preprocess_data.py", "--input", folder / "text.txt", "--format", "text",
+    run_verb("preprocess", "--input", folder / "text.txt", "--format", "text",
              "--output_prefix", folder / "pair", "--tokenizer", tokenizer)  # fmt: skip
     losses = {}
     for run in ("run", "again"):
         words = ("--checkpoint", folder / run, "--data", folder / "pair", "--tokenizer", tokenizer)
-        run_tool("evaluate.py", *words, "--json", folder / f"{run}.json")
+        run_verb("evaluate", *words, "--json", folder / f"{run}.json")
         losses[run] = json.loads((folder / f"{run}.json").read_text())["loss"]
     assert losses["run"] == losses["again"] > 0
 
 
-def run_tool(name, *words):
-    command = [sys.executable, str(TOOLS / name), *map(str, words)]
+def run_verb(name, *words):
+    command = [sys.executable, "-m", "megagpt", name, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

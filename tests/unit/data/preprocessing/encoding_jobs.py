@@ -9,7 +9,7 @@ from pathlib import Path
 from megagpt.data.preprocessing.preprocess import preprocess
 
 ROOT = Path(__file__).resolve().parents[4]
-TOOL = str(ROOT / "tools/preprocess_data.py")
+COMMAND = [sys.executable, "-m", "megagpt", "preprocess"]
 
 
 def write_jsonl(path, texts, key="text"):
@@ -23,7 +23,7 @@ def encode(path, prefix, **options):
 
 def run_tool(*arguments):
     return subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)],
+        [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,

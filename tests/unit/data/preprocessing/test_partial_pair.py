@@ -1,6 +1,7 @@
 """Whenever a job ends there is no pair or a whole one, and the same command goes on."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from encoding_jobs import ROOT, TOOL, encode, run_tool, write_jsonl
+from encoding_jobs import COMMAND, ROOT, encode, run_tool, write_jsonl
 
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.manifest import read_manifest
@@ -21,7 +22,7 @@ def test_failed_write_is_one_line_and_the_older_pair_stays(tmp_path):
     encode(write_jsonl(tmp_path / "old.jsonl", ["old"]), tmp_path / "out")
     before = (tmp_path / "out.bin").read_bytes()
     source = write_jsonl(tmp_path / "a.jsonl", ["some text " * 100] * 3000)
-    command = f"ulimit -f 1000; exec {sys.executable} {TOOL} --input {source} --tokenizer byte"
+    command = f"ulimit -f 1000; exec {shlex.join(COMMAND)} --input {source} --tokenizer byte"
     done = subprocess.run(
         ["bash", "-c", f"{command} --output_prefix {tmp_path / 'out'}"],
         capture_output=True,
@@ -43,7 +44,7 @@ def test_ended_command_leaves_no_pair_and_goes_on_where_it_was(tmp_path, number,
     texts = [f"{i} " + "some words to encode " * 500 for i in range(8000)]
     write_jsonl(source, texts)
     arguments = ["--input", source, "--output_prefix", tmp_path / "out", "--tokenizer", "byte"]
-    command = [sys.executable, TOOL, *map(str, arguments), "--workers", str(workers)]
+    command = [*COMMAND, *map(str, arguments), "--workers", str(workers)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True

@@ -1,10 +1,8 @@
-"""`tools/data.py`: each command on a real pair, and one line for what is wrong."""
+"""`megagpt data`: each command on a real pair, and one line for what is wrong."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from megagpt.config.command_line import parse_config
 from megagpt.data.describe import length_histogram, locate, open_training
 from megagpt.data.indexed.dataset import IndexedDataset
 
-ROOT = Path(__file__).resolve().parents[3]
 TEXTS = [f"Document {i} says {'so ' * (i % 5)}." for i in range(50)]
 
 
@@ -23,28 +20,27 @@ def directory(tmp_path_factory):
     for name, texts in (("a", TEXTS), ("b", TEXTS[:20])):
         source = directory / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        done = run("preprocess_data.py", "--input", source, "--output_prefix", directory / name)
+        done = run("preprocess", "--input", source, "--output_prefix", directory / name)
         assert done.returncode == 2  # no tokenizer is named
         done = run(
-            *("preprocess_data.py", "--input", source, "--output_prefix", directory / name),
+            *("preprocess", "--input", source, "--output_prefix", directory / name),
             *("--tokenizer", "byte"),
         )
         assert done.returncode == 0, done.stderr
     return directory
 
 
-def run(tool, *arguments):
+def run(verb, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
+        [sys.executable, "-m", "megagpt", verb, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
 def data(*arguments):
-    done = run("data.py", *arguments)
+    done = run("data", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -82,7 +78,7 @@ def test_verify_names_the_damaged_pair(directory, tmp_path):
     content = bytearray((tmp_path / "c.bin").read_bytes())
     content[100] ^= 1
     (tmp_path / "c.bin").write_bytes(content)
-    done = run("data.py", "verify", tmp_path / "c")
+    done = run("data", "verify", tmp_path / "c")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/c.bin in bytes 0 to") and "has changed" in line
@@ -121,5 +117,5 @@ def test_locate_shows_the_tokens_that_the_step_trains_on(directory):
                 assert document[piece.offset : end].tolist() == piece.tokens.tolist()
     shown = data("locate", "--step", 2, *run_options(directory))
     assert shown.startswith("sample 4 row 0: ") and f"{directory}/a document" in shown
-    done = run("data.py", "locate", "--step", 51, *run_options(directory))
+    done = run("data", "locate", "--step", 51, *run_options(directory))
     assert done.returncode == 1 and "step=51 is not one of the run's, 1 to 50" in done.stderr

@@ -1,10 +1,9 @@
-"""`tools/checkpoint.py`: each command on real folders, exit codes, one line for what is wrong."""
+"""`megagpt checkpoint`: each command on real folders, exit codes, one line for what is wrong."""
 
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +15,13 @@ from megagpt.checkpoint.format.manifest import KINDS, MANIFEST_FILE, Layout, rea
 from megagpt.checkpoint.format.reader import CheckpointReader
 from megagpt.config.schema import Config, ModelConfig, OptimizerConfig
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "checkpoint.py"), *map(str, arguments)],
+        [sys.executable, "-m", "megagpt", "checkpoint", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 

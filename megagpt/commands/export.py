@@ -1,0 +1,34 @@
+"""Writes a checkpoint as a folder that transformers opens, with its tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megagpt.commands import add_model_arguments
+from megagpt.inference.export import export
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser("megagpt export", description=__doc__)
+    add_model_arguments(parser, without_tokenizer="; none leaves it out")
+    add = parser.add_argument
+    add("--output", required=True, type=Path, help="folder to make")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--max_shard_gib", type=float, default=5.0, help="size of one file of weights")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Exports, and tells what became of the tokenizer."""
+    options = build_parser().parse_args(arguments)
+    note = export(
+        Path(options.checkpoint),
+        options.output,
+        dtype=options.dtype,
+        max_shard_gib=options.max_shard_gib,
+        tokenizer_path=options.tokenizer,
+    )
+    print(f"wrote {options.output}; {note}")
+    return 0

@@ -1,0 +1,45 @@
+"""Encodes JSONL or plain text into a Megatron .bin/.idx pair with its manifest."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from megagpt.commands import add_text_arguments
+from megagpt.data.preprocessing.faults import FaultPolicy
+from megagpt.data.preprocessing.preprocess import preprocess
+from megagpt.data.preprocessing.progress import report_to_stderr
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser("megagpt preprocess", description=__doc__)
+    add_text_arguments(parser)
+    add = parser.add_argument
+    add("--output_prefix", required=True, help="writes PREFIX.bin, .idx and .manifest.json")
+    add("--tokenizer", required=True, help="SentencePiece .model, tokenizer.json, or `byte`")
+    add("--workers", type=int, default=1, help="processes that encode")
+    means = "what a bad document does: stop the command, or be left out and counted"
+    add("--on_error", default="fail", choices=["fail", "skip"], help=means)
+    means = "with --on_error skip: share of bad documents above which no pair is made"
+    add("--largest_skipped_share", type=float, default=0.01, help=means)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Encodes."""
+    options = build_parser().parse_args(arguments)
+    # A terminated job ends its workers, and keeps what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    preprocess(
+        options.input,
+        options.output_prefix,
+        tokenizer_path=options.tokenizer,
+        file_format=options.format,
+        json_key=options.json_key,
+        workers=options.workers,
+        faults=FaultPolicy(options.on_error, options.largest_skipped_share),
+        report=report_to_stderr,
+    )
+    return 0

