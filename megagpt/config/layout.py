@@ -85,7 +85,7 @@ class Layout:
         return self.data_parallel_size * self.tensor_parallel_size * self.pipeline_parallel_size
 
     def arguments(self) -> list[str]:
-        """Flags of `launch/pretrain.py`."""
+        """Flags of `megagpt train`."""
         values = {
             "parallel.tensor_parallel_size": self.tensor_parallel_size,
             "parallel.pipeline_parallel_size": self.pipeline_parallel_size,

@@ -1,6 +1,6 @@
 """Continues a prompt: greedy, or sampled with temperature, top-k and top-p, with a KV cache.
 
-Knows tokens only; `tools/generate.py` turns text into them and back.
+Knows tokens only; `megagpt generate` turns text into them and back.
 """
 
 # b samples, s tokens so far, v vocabulary

@@ -2,7 +2,7 @@
 
 torch compiles an op under a file `lock` in the op's folder, which a killed build leaves behind;
 every later run then waits in `FileBaton.wait` for ever, without a message. Importing this module
-needs the standard library only. The command is `tools/prebuild_ops.py`.
+needs the standard library only. The command is `megagpt ops`.
 """
 
 from __future__ import annotations

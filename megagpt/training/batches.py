@@ -155,7 +155,7 @@ def _end_of_document(config: Config) -> int | None:
         if getattr(config.data, name):
             raise ValueError(
                 f"data.{name}=true needs the token that ends documents, and {prefix} has no "
-                "manifest that tells it; preprocess the data with tools/preprocess_data.py, or "
+                "manifest that tells it; preprocess the data with megagpt preprocess, or "
                 "turn it off"
             )
     return None

@@ -487,7 +487,7 @@ def _with_vocab_size(config: Config) -> Config:
     if prefix is None:
         raise ValueError(
             "no data is named; give --data.path PREFIX of a .bin/.idx pair made by "
-            "tools/preprocess_data.py (the demo's data and its config: make demo, then "
+            "megagpt preprocess (the demo's data and its config: make demo, then "
             "--config launch/demo.yaml)"
         )
     manifest = read_manifest(prefix)

@@ -95,7 +95,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
             raise ValueError(
                 f"model.{name}={found}, but Hugging Face's {architecture}, the nearest to this "
                 f"model, has {name}={value}; train with {name}={value} to export, or use the "
-                "model with tools/generate.py"
+                "model with megagpt generate"
             )
     return architecture
 

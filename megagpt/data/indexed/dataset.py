@@ -98,10 +98,10 @@ class IndexedDataset:
         for path in (index_path, tokens_path):
             if not path.is_file():
                 raise ValueError(
-                    f"no data at {path}; make it with tools/preprocess_data.py "
+                    f"no data at {path}; make it with megagpt preprocess "
                     "(the demo's data: make demo)"
                 )
-        remake = "make the pair again with tools/preprocess_data.py"
+        remake = "make the pair again with megagpt preprocess"
         index_stat = index_path.stat()
         index_bytes = index_stat.st_size
         with index_path.open("rb") as file:
@@ -232,6 +232,6 @@ class IndexedDataset:
         if not sound:
             raise ValueError(
                 f"{idx_path(self.prefix)} does not list its sequences back to back, so it is "
-                "damaged; make the pair again with tools/preprocess_data.py"
+                "damaged; make the pair again with megagpt preprocess"
             )
         self._sound.add(documents)

@@ -134,7 +134,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         ValueError: If it cannot be read, or .bin or .idx have another size than it says.
     """
     path = manifest_path(prefix)
-    remake = "make the pair again with tools/preprocess_data.py"
+    remake = "make the pair again with megagpt preprocess"
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -40,7 +40,7 @@ def verify(
     """
     indexed, manifest = IndexedDataset(prefix), read_manifest(prefix)
     indexed.require_sound()
-    remake = "fetch it again, or make the pair again with tools/preprocess_data.py"
+    remake = "fetch it again, or make the pair again with megagpt preprocess"
     if manifest is not None:
         _compare_counts(indexed, manifest, remake)
         if file_sha256(idx_path(prefix)) != manifest.idx_sha256:

@@ -147,7 +147,7 @@ class GPTDataset:
             raise ValueError(
                 f"{bin_path(self.indexed.prefix)} holds {token}, the vocabulary ends at "
                 f"{self.vocab_size - 1}, so it is damaged or of another tokenizer; check it with "
-                "tools/data.py verify"
+                "megagpt data verify"
             )
         return out
 
@@ -231,7 +231,7 @@ class GPTDataset:
     def _raise_damaged(self) -> None:
         raise ValueError(
             f"the index of {self.indexed.prefix} points outside of its tokens, so it is damaged; "
-            "check it with tools/data.py verify"
+            "check it with megagpt data verify"
         )
 
     def _epoch(self, number: int) -> SampleIndex:

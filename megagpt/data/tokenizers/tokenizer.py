@@ -79,7 +79,7 @@ class SentencePieceTokenizer:
         if not Path(path).is_file():
             raise ValueError(
                 f"no tokenizer at {path}; give a SentencePiece .model (train one with "
-                f"tools/train_tokenizer.py) or `{BYTE_TOKENIZER}`"
+                f"megagpt tokenizer) or `{BYTE_TOKENIZER}`"
             )
         content = Path(path).read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -87,7 +87,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise ValueError(
-                f"{path} is not a SentencePiece model; train one with tools/train_tokenizer.py"
+                f"{path} is not a SentencePiece model; train one with megagpt tokenizer"
             ) from error
         self.vocab_size: int = self._processor.vocab_size()
         eod = self._processor.piece_to_id(EOD_PIECE)

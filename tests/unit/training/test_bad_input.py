@@ -60,7 +60,7 @@ def cases(tmp_path, data):
     return {
         "missing data": (
             ["--data.path", str(tmp_path / "nothing"), *base[2:], *zero3],
-            ["nothing", "tools/preprocess_data.py"],
+            ["nothing", "megagpt preprocess"],
         ),
         "corpus shorter than one sequence": (
             [*base, *zero3, "--model.seq_length", "100000", "--data.split", "1,0,0"],
@@ -109,7 +109,7 @@ def cases(tmp_path, data):
         "masking without a manifest": (
             [*base[2:], *zero1, "--data.path", str(without_manifest(tmp_path, data))]
             + ["--data.document_masking", "true", "--model.vocab_size", "257"],
-            ["data.document_masking=true", "manifest", "tools/preprocess_data.py"],
+            ["data.document_masking=true", "manifest", "megagpt preprocess"],
         ),
         "no data named": (
             ["--preset", "gpt2-124m", *zero3],

@@ -90,7 +90,7 @@ def test_damage_is_refused_on_opening(tmp_path, index, tokens, message):
     with pytest.raises(ValueError, match=message) as caught:
         IndexedDataset(tmp_path / "a")
     assert "\n" not in str(caught.value)
-    assert "tools/preprocess_data.py" in str(caught.value)
+    assert "megagpt preprocess" in str(caught.value)
 
 
 def test_damaged_pointers_are_refused_before_any_sample(tmp_path):
