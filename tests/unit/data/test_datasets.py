@@ -179,7 +179,7 @@ def test_one_pair_a_split(tmp_path):
 
 
 def test_missing_data_names_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"no data at .*x\.idx; .*preprocess_data"):
+    with pytest.raises(ValueError, match=r"no data at .*x\.idx; .*megagpt preprocess"):
         build_datasets(DataConfig(path=str(tmp_path / "x")), seq_length=4, seed=0)
     with pytest.raises(ValueError, match="no data is named"):
         build_datasets(DataConfig(), seq_length=4, seed=0)

@@ -101,7 +101,7 @@ def test_damaged_pointers_are_refused_before_any_sample(tmp_path):
 
 
 def test_missing_pair_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(ValueError, match=r"no data at .*a\.idx; .*preprocess_data\.py .*make demo"):
+    with pytest.raises(ValueError, match=r"no data at .*a\.idx; .*megagpt preprocess .*make demo"):
         IndexedDataset(tmp_path / "a")
 
 
