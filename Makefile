@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CODE := megagpt tools launch tests benchmarks
 FAST_TESTS := $(wildcard tests/unit tests/distributed tests/parity)
 
-.PHONY: help venv ops demo test test-slow parity parity-machine mutation faults lint format clean
+.PHONY: help venv ops demo test test-slow parity parity-machine mutation faults house lint format clean
 
 help:
 	@echo "make demo       train a small GPT on Shakespeare on two CPU processes, from nothing"
@@ -21,6 +21,7 @@ help:
 	@echo "make mutation   break invariants, and see the parity suite fail: build/mutation.json"
 	@echo "make faults     real faults to real runs: build/faults.json, docs/faults.md"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
+	@echo "make house      the rooms and who may import whom, from the contracts: CONTRIBUTING.md"
 	@echo "make ops        compile DeepSpeed's CPU ops"
 	@echo "make clean      remove caches and build folders; data, runs and .venv stay"
 
@@ -55,6 +56,9 @@ mutation: ops
 
 faults: ops
 	$(BIN)/python tests/faults/fault_suite.py --json build/faults.json --docs docs/faults.md
+
+house: venv
+	$(BIN)/python tests/house.py
 
 lint: venv
 	$(BIN)/ruff check $(CODE)

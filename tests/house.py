@@ -43,6 +43,7 @@ def read_house(pyproject: Path = ROOT / "pyproject.toml") -> House:
     for contract in api.read_configuration(str(pyproject))["contracts_options"]:
         if contract["type"] == "layers" and not contract.get("containers"):
             floors = [[_short(m) for m in layer.split("|")] for layer in contract["layers"]]
+            floors = [floor for floor in floors if floor != ["__main__"]]
             if all("." not in room for floor in floors for room in floor):
                 house.floors.extend(floors)
                 continue
