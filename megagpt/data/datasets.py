@@ -75,6 +75,18 @@ def first_prefix(data: DataConfig) -> str | None:
     return None if paths is None else _weighted(paths)[0][0]
 
 
+def first_manifest(data: DataConfig) -> Manifest | None:
+    """That of the first training pair; None where there is none."""
+    prefix = first_prefix(data)
+    return read_manifest(prefix) if prefix else None
+
+
+def data_tokenizer_path(data: DataConfig) -> str | None:
+    """The data's tokenizer; None where neither configuration nor manifest names one."""
+    manifest = first_manifest(data)
+    return data.tokenizer_path or (manifest.tokenizer_path if manifest else None)
+
+
 def documents_of(data: DataConfig, split: str, source: Source, num_documents: int) -> range:
     """Documents of a pair that a split takes."""
     if not source.is_divided:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.config.schema import Config
-from megagpt.data.datasets import Dataset, build_datasets, first_prefix
+from megagpt.data.datasets import Dataset, build_datasets
 from megagpt.data.indexed.dataset import IndexedDataset
-from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.samples.blended_dataset import BlendedDataset
 from megagpt.data.samples.gpt_dataset import GPTDataset
 
@@ -164,10 +163,3 @@ def locate(config: Config, step: int) -> Iterator[Piece]:
             before = indexed.num_tokens_between(first, sequence)
             tokens = indexed[sequence][skip : skip + count]
             yield Piece(sample, row, indexed.prefix, document, before + skip, tokens)
-
-
-def data_tokenizer_path(config: Config) -> str | None:
-    """The tokenizer of a run's data; None where neither configuration nor manifest names one."""
-    prefix = first_prefix(config.data)
-    manifest = read_manifest(prefix) if prefix else None
-    return config.data.tokenizer_path or (manifest.tokenizer_path if manifest else None)

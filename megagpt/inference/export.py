@@ -10,11 +10,10 @@ from typing import Any
 
 from megagpt.checkpoint.directory import newest_readable
 from megagpt.checkpoint.huggingface.convert import WeightType, export_checkpoint
-from megagpt.data.tokenizers.load import load_tokenizer
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.files import encode_json
-from megagpt.inference.load import find_tokenizer
+from megagpt.inference.load import open_tokenizer
 
 NO_TOKENIZER = "none"
 # Of sentencepiece_model.proto: ModelType; and Type, of normal, unknown, control and byte pieces.
@@ -51,14 +50,7 @@ def export(
     eod, note = None, "without a tokenizer"
     if tokenizer_path != NO_TOKENIZER:
         config = newest_readable(checkpoint).state.config
-        tokenizer = load_tokenizer(find_tokenizer(config, tokenizer_path))
-        assert config.model.vocab_size is not None
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model "
-                f"{config.model.vocab_size}; give the tokenizer it was trained with, "
-                f"--tokenizer PATH, or leave it out, --tokenizer {NO_TOKENIZER}"
-            )
+        tokenizer = open_tokenizer(config, tokenizer_path)
         eod = tokenizer.eod
         files, note = tokenizer_files(tokenizer, model_max_length=config.model.seq_length)
     export_checkpoint(
