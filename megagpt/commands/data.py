@@ -125,10 +125,10 @@ def _adopt(options: argparse.Namespace) -> None:
 
 def _blend(options: argparse.Namespace) -> None:
     config, _, _ = parse_config(options.rest)
-    for share in blend_shares(config):
+    for prefix, weight, num_samples, epochs in blend_shares(config):
         print(
-            f"{share.prefix}: weight={share.weight:.6f} samples={share.num_samples} "
-            f"tokens={share.num_samples * config.model.seq_length} epochs={share.epochs:.3f}"
+            f"{prefix}: weight={weight:.6f} samples={num_samples} "
+            f"tokens={num_samples * config.model.seq_length} epochs={epochs:.3f}"
         )
 
 

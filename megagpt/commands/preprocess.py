@@ -7,7 +7,6 @@ import signal
 import sys
 
 from megagpt.commands import add_text_arguments
-from megagpt.data.preprocessing.faults import FaultPolicy
 from megagpt.data.preprocessing.preprocess import preprocess
 from megagpt.data.preprocessing.progress import report_to_stderr
 
@@ -36,6 +35,7 @@ def main(options: argparse.Namespace) -> None:
         file_format=options.format,
         json_key=options.json_key,
         workers=options.workers,
-        faults=FaultPolicy(options.on_error, options.largest_skipped_share),
+        on_error=options.on_error,
+        largest_skipped_share=options.largest_skipped_share,
         report=report_to_stderr,
     )

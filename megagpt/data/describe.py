@@ -29,18 +29,6 @@ class LengthBin:
 
 
 @dataclass(frozen=True)
-class BlendShare:
-    """What one member gives to a run."""
-
-    prefix: str
-    weight: float
-    """Share of the samples asked for."""
-    num_samples: int
-    epochs: float
-    """How often the run goes through the member."""
-
-
-@dataclass(frozen=True)
 class Piece:
     """A run of tokens of one document in a sample."""
 
@@ -58,19 +46,15 @@ class Piece:
 def length_histogram(indexed: IndexedDataset) -> list[LengthBin]:
     """Documents by length, in powers of two; documents without tokens come first."""
     lengths = np.diff(indexed.document_offsets())
-    # 0, 1, 2-3, 4-7, ...: the number of binary digits.
-    digits = np.zeros(len(lengths), dtype=np.int64)
-    with_text = lengths > 0
-    digits[with_text] = np.floor(np.log2(lengths[with_text])).astype(np.int64) + 1
+    digits = np.frexp(lengths)[1]  # 0, 1, 2-3, 4-7, ...: the number of binary digits
     return [
         LengthBin(
             shortest=(1 << digit) >> 1,
-            longest=max((1 << digit) - 1, 0),
+            longest=(1 << digit) - 1,
             num_documents=int(np.sum(digits == digit)),
             num_tokens=int(lengths[digits == digit].sum()),
         )
-        for digit in range(int(digits.max(initial=-1)) + 1)
-        if np.any(digits == digit)
+        for digit in np.unique(digits).tolist()
     ]
 
 
@@ -119,18 +103,22 @@ def open_training(config: Config) -> Dataset:
     )["train"]
 
 
-def blend_shares(config: Config) -> list[BlendShare]:
-    """What each training pair gives to a whole run."""
+def blend_shares(config: Config) -> list[tuple[str, float, int, float]]:
+    """What each training pair gives to a whole run.
+
+    Returns:
+        Its prefix, its share of the samples asked for, its samples, and how often the run goes
+        through it.
+    """
     dataset = open_training(config)
     total = config.training.train_steps * config.batch.global_batch_size
     if isinstance(dataset, GPTDataset):
-        return [BlendShare(dataset.indexed.prefix, 1.0, total, total / len(dataset))]
+        return [(dataset.indexed.prefix, 1.0, total, total / len(dataset))]
     assert isinstance(dataset, BlendedDataset)
+    shares, counts = dataset.blend.shares.tolist(), dataset.counts(total).tolist()
     return [
-        BlendShare(member.indexed.prefix, float(share), int(count), int(count) / len(member))
-        for member, share, count in zip(
-            dataset.datasets, dataset.blend.shares, dataset.counts(total), strict=True
-        )
+        (member.indexed.prefix, share, count, count / len(member))
+        for member, share, count in zip(dataset.datasets, shares, counts, strict=True)
     ]
 
 

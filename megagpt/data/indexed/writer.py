@@ -51,8 +51,8 @@ class IndexedDatasetWriter:
 
     All goes to the folder `<prefix>.partial` first, lengths too, so memory does not grow with the
     corpus. `publish` removes a stale .idx and manifest before it renames .bin, so that at no moment
-    an old index describes new tokens. As a context manager it finishes, if that was not done
-    inside, or on an exception removes what it wrote.
+    an old index describes new tokens. As a context manager it seals and publishes, if that was
+    not done inside, or on an exception removes what it wrote.
 
     Attributes:
         prefix: Path of the pair without its suffix.
@@ -235,11 +235,6 @@ class IndexedDatasetWriter:
         sync_directory(self.directory.parent)
         self.abort()
 
-    def finish(self) -> None:
-        """Seals and publishes a pair without a manifest."""
-        self.seal()
-        self.publish()
-
     def _index_parts(self) -> Iterator[bytes]:
         """The content of .idx, some megabytes at a time."""
         yield encode_header(
@@ -287,10 +282,11 @@ class IndexedDatasetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Finishes, or after any failure removes what was written."""
+        """Seals and publishes, or after any failure removes what was written."""
         try:
             if kind is None and self._open:
-                self.finish()
+                self.seal()
+                self.publish()
         finally:
             self.abort()
 

