@@ -23,9 +23,6 @@ from megagpt.data.samples.gpt_dataset import GPTDataset, MegatronOrder
 from megagpt.data.tokenizers.load import tokenizer_sha256
 from megagpt.files import file_sha256
 
-# Megatron asks each member of a blend for so many samples more than its share.
-_MEGATRON_SURPLUS = 1.005
-
 Dataset = GPTDataset | BlendedDataset | JoinedDataset
 
 logger = logging.getLogger("megagpt")
@@ -232,9 +229,9 @@ def _megatron_order(
             "data.order=megatron needs the weight of each pair of a blend; write the data as "
             "{prefix: weight}, as in the Megatron run"
         )
-    # As Megatron rounds it.
+    # As Megatron rounds it; it asks each member for so many samples more than its share.
     share = source.weight / float(np.sum(np.array(weights, dtype=np.float64)))
-    return MegatronOrder(sequences, math.ceil(math.ceil(train_samples * share) * _MEGATRON_SURPLUS))
+    return MegatronOrder(sequences, math.ceil(math.ceil(train_samples * share) * 1.005))
 
 
 def _require_one_tokenizer(data: DataConfig, manifests: dict[str, Manifest | None]) -> None:

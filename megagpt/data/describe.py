@@ -14,8 +14,6 @@ from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.samples.blended_dataset import BlendedDataset
 from megagpt.data.samples.gpt_dataset import GPTDataset
 
-_BAR_WIDTH = 50
-
 
 @dataclass(frozen=True)
 class LengthBin:
@@ -64,8 +62,7 @@ def histogram_lines(bins: list[LengthBin]) -> list[str]:
     return [
         f"{each.shortest:>9} to {each.longest:<9} {each.num_documents:>10} documents "
         f"{each.num_tokens:>14} tokens "
-        + "#"
-        * max(1, round(_BAR_WIDTH * each.num_documents / largest))
+        f"{'#' * max(1, round(50 * each.num_documents / largest))}"
         for each in bins
     ]
 

@@ -15,7 +15,6 @@ from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.files import encode_json
 from megagpt.inference.load import open_tokenizer
 
-NO_TOKENIZER = "none"
 # Of sentencepiece_model.proto: ModelType; and Type, of normal, unknown, control and byte pieces.
 _BPE = 2
 _PIECE_TYPES = (1, 2, 3, 6)
@@ -48,7 +47,7 @@ def export(
         raise ValueError(f"max_shard_gib={max_shard_gib} must be above 0; give for example 5")
     files: dict[str, bytes] = {}
     eod, note = None, "without a tokenizer"
-    if tokenizer_path != NO_TOKENIZER:
+    if tokenizer_path != "none":
         config = newest_readable(checkpoint).state.config
         tokenizer = open_tokenizer(config, tokenizer_path)
         eod = tokenizer.eod

@@ -5,6 +5,7 @@ Next file: `manifest.py`, whose `publish_pair` adds the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,7 +14,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -261,10 +261,9 @@ class IndexedDatasetWriter:
             return
         self._open = False
         for file in (self._tokens, self._lengths, self._counts, self._lock):
-            try:
+            # A full disk fails again here; the first error is the one to report.
+            with contextlib.suppress(OSError):
                 file.close()
-            except OSError:
-                pass  # a full disk fails again here; the first error is the one to report
 
     def abort(self) -> None:
         """Removes the folder of what was being written; an older pair of the name stays."""
@@ -276,12 +275,7 @@ class IndexedDatasetWriter:
         """The writer itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Seals and publishes, or after any failure removes what was written."""
         try:
             if kind is None and self._open:

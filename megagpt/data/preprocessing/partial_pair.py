@@ -147,7 +147,13 @@ class PartialPair:
                     self._report(f"left out: {message}")
                 finished.append(Source(part.path, part.end, self._hash.hexdigest()))
         num_blocks = len(self._writer.bin_crc32)
-        self._append_tokens(encoded.number)
+        tokens_file, lengths_file = shard_files(self._writer.directory, encoded.number)
+        for tokens in read_blocks(tokens_file, self._writer.dtype, _COPY_ITEMS):
+            self._writer.add_tokens(tokens)
+        lengths = np.fromfile(lengths_file, dtype="<i4")
+        self._writer.add_lengths(lengths, np.ones(len(lengths), dtype=np.int32))
+        tokens_file.unlink()
+        lengths_file.unlink()
         self._writer.flush()
         record = {
             "writer": dataclasses.asdict(self._writer.state),
@@ -161,15 +167,6 @@ class PartialPair:
             file.write((json.dumps(record) + "\n").encode())
             flush_to_disk(file)
         self._note(record)
-
-    def _append_tokens(self, number: int) -> None:
-        tokens_file, lengths_file = shard_files(self._writer.directory, number)
-        for tokens in read_blocks(tokens_file, self._writer.dtype, _COPY_ITEMS):
-            self._writer.add_tokens(tokens)
-        lengths = np.fromfile(lengths_file, dtype="<i4")
-        self._writer.add_lengths(lengths, np.ones(len(lengths), dtype=np.int32))
-        tokens_file.unlink()
-        lengths_file.unlink()
 
     def _note(self, record: dict[str, Any]) -> None:
         self.num_shards += 1

@@ -155,17 +155,22 @@ def prepare(archive: Path, output_dir: Path) -> dict:
         names = [name for name in modern if split_of[name] == split]
         shingles_of[split] = set().union(*(shingles(modern[name]) for name in names))
 
-    overlap = {
-        f"{kept}_{held_out}": _overlap(shingles_of[kept], shingles_of[held_out])
-        for kept, held_out in (("train", "valid"), ("train", "test"), ("valid", "test"))
-    }
-    for pair, measured in overlap.items():
-        if measured["share"] > LARGEST_OVERLAP_SHARE:
+    overlap: dict[str, dict] = {}
+    for kept, held_out in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        shared = sorted(shingles_of[kept] & shingles_of[held_out])
+        share = len(shared) / len(shingles_of[held_out])
+        if share > LARGEST_OVERLAP_SHARE:
             raise ValueError(
-                f"{pair} have {measured['share']:.2%} of the held-out shingles in common, "
+                f"{kept}_{held_out} have {share:.2%} of the held-out shingles in common, "
                 f"allowed is {LARGEST_OVERLAP_SHARE:.2%}; the archive is not the expected one, "
                 "fetch it again"
             )
+        overlap[f"{kept}_{held_out}"] = {
+            "shared_shingles": len(shared),
+            "held_out_shingles": len(shingles_of[held_out]),
+            "share": share,
+            "shared": shared,
+        }
     report = {
         "archive": archive.name,
         "archive_sha256": file_sha256(archive),
@@ -191,13 +196,3 @@ def prepare(archive: Path, output_dir: Path) -> dict:
         write_atomically(output_dir / f"{split}.jsonl", "".join(lines).encode())
     write_json(output_dir / "report.json", report)
     return report
-
-
-def _overlap(kept: set[str], held_out: set[str]) -> dict:
-    shared = sorted(kept & held_out)
-    return {
-        "shared_shingles": len(shared),
-        "held_out_shingles": len(held_out),
-        "share": len(shared) / len(held_out),
-        "shared": shared,
-    }

@@ -94,10 +94,9 @@ def _locked(directory: Path) -> Iterator[None]:
             if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     with (directory / "lock").open("w") as lock:
-        try:
+        # On a file system without locks several may build, and the rename decides.
+        with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: several may build, and the rename decides
         yield
 
 
