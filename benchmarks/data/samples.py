@@ -22,7 +22,6 @@ from megagpt.data.indexed.manifest import publish_pair, tokenizer_facts
 from megagpt.data.indexed.writer import IndexedDatasetWriter, WriterState
 from megagpt.data.samples.blend import Blend
 from megagpt.data.samples.gpt_dataset import GPTDataset
-from megagpt.data.samples.index_cache import IndexCache
 from megagpt.data.samples.masks import document_boundaries, tokens_to_batch
 from megagpt.data.tokenizers.load import load_tokenizer
 
@@ -60,7 +59,7 @@ def measure_reading(report: Report, setting: Setting, *, corpus: Corpus, num_tok
 
 
 def _read_ours(prefix: Path, numbers: Path, corpus: Corpus, masks: bool) -> float:
-    dataset = _dataset(IndexedDataset(prefix), corpus, IndexCache(None))
+    dataset = _dataset(IndexedDataset(prefix), corpus, None)
     batches = np.load(numbers).reshape(-1, _BATCH).tolist()
     out = np.empty((_BATCH, SEQ_LENGTH + 1), dtype=np.int64)
 
@@ -74,7 +73,7 @@ def _read_ours(prefix: Path, numbers: Path, corpus: Corpus, masks: bool) -> floa
     return cpu_seconds_a_pass(read_all) / (len(batches) * _BATCH)
 
 
-def _dataset(indexed: IndexedDataset, corpus: Corpus, cache: IndexCache) -> GPTDataset:
+def _dataset(indexed: IndexedDataset, corpus: Corpus, cache: Path | None) -> GPTDataset:
     return GPTDataset(
         indexed,
         range(indexed.num_documents),
@@ -179,7 +178,7 @@ def _build_ours(prefix: Path, cache: Path, corpus: Corpus) -> tuple[float, dict[
     built: list[GPTDataset] = []
 
     def build() -> None:
-        dataset = _dataset(indexed, corpus, IndexCache(cache))
+        dataset = _dataset(indexed, corpus, cache)
         dataset.gather([len(dataset)])  # the first sample of the second epoch
         built.append(dataset)
 

@@ -59,11 +59,20 @@ def main(arguments: list[str]) -> int | None:
         near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else "megagpt --help tells all"
         raise UsageError(f"unknown verb '{verb}'; {hint}")
-    return module_of(verb).main(rest)
+    module = module_of(verb)
+    if verb == "train":  # whose flags are the configuration's
+        return module.pretrain(rest)
+    parser = argparse.ArgumentParser(f"megagpt {verb}", description=module.__doc__)
+    module.add_arguments(parser)
+    options, rest = parser.parse_known_args(rest)
+    if rest and "takes_rest" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    return module.main(options)
 
 
 def module_of(verb: str) -> ModuleType:
-    """The file of a verb, with `build_parser` and `main`."""
+    """The file of a verb, with `add_arguments` and `main`."""
     # `import` cannot be a module's name.
     return importlib.import_module(f"{__name__}.{verb}{'_' * keyword.iskeyword(verb)}")
 

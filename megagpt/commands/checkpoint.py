@@ -7,9 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from megagpt.checkpoint.compare import TensorDifference, compare_states, compare_tensors
+from megagpt.checkpoint.compare import compare_states, compare_tensors
 from megagpt.checkpoint.describe import (
-    StepSummary,
     bytes_by_kind,
     bytes_in_words,
     describe_run,
@@ -25,15 +24,13 @@ from megagpt.checkpoint.format.reader import CheckpointReader, stray_files, veri
 from megagpt.config.command import EXIT_ERROR, UsageError
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> int | None:
     """Runs one of the commands."""
-    options = build_parser().parse_args(arguments)
     return options.run(options)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands and the flags of each."""
-    parser = argparse.ArgumentParser("megagpt checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("inspect", help="the steps of a run, or what a step holds")
@@ -65,32 +62,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--keep_every", type=int, default=0, help="multiples that stay as well")
     command.add_argument("--dry_run", action="store_true", help="only tell what would go")
     command.set_defaults(run=_prune)
-    return parser
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def _inspect(options: argparse.Namespace) -> None:
     if is_step_folder(options.path):
-        _inspect_step(options)
-    else:
-        _inspect_run(options.path)
-    return 0
-
-
-def _inspect_run(path: Path) -> None:
-    run = describe_run(path)
+        return _inspect_step(options)
+    run = describe_run(options.path)
     print(f"{run.checkpoints}: steps: {len(run.steps)}")
     for each in run.steps:
-        print(f"step {each.step:>8}  {bytes_in_words(each.num_bytes):>10}  {_row(each)}")
+        row = f"damaged: {each.problem}"
+        if each.manifest is not None:
+            row = f"{each.manifest.created}  {layout_in_words(each.manifest.layout)}"
+        print(f"step {each.step:>8}  {bytes_in_words(each.num_bytes):>10}  {row}")
     print(f"latest: {run.latest}")
     print(f"a resume takes: {'none' if run.resumed is None else f'step {run.resumed}'}")
     for name in run.leftovers:
         print(f"left by a killed process: {name}")
-
-
-def _row(step: StepSummary) -> str:
-    if step.manifest is None:
-        return f"damaged: {step.problem}"
-    return f"{step.manifest.created}  {layout_in_words(step.manifest.layout)}"
 
 
 def _inspect_step(options: argparse.Namespace) -> None:
@@ -122,12 +109,13 @@ def _inspect_step(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    is_sound = True
+    code = 0
     for path in options.path:
         steps = [path] if is_step_folder(path) else [s.directory for s in describe_run(path).steps]
         for directory in steps:
-            is_sound &= _verify_step(directory)
-    return 0 if is_sound else EXIT_ERROR
+            if not _verify_step(directory):
+                code = EXIT_ERROR
+    return code
 
 
 def _verify_step(directory: Path) -> bool:
@@ -167,7 +155,11 @@ def _diff(options: argparse.Namespace) -> int:
             num_bit_equal += each.is_bit_equal
             is_within &= each.is_within(options.tolerance)
             if not each.is_bit_equal:
-                print(_difference(each))
+                found = each.problem or (
+                    f"largest={each.largest:.3e} relative={each.relative:.3e} "
+                    f"different={each.num_different} of {each.num_elements}"
+                )
+                print(f"{each.kind} {each.name}: {found}")
     if num_bit_equal == num_tensors:
         print(f"all {num_tensors} tensors are equal, bit by bit")
     else:
@@ -179,16 +171,7 @@ def _diff(options: argparse.Namespace) -> int:
     return 0 if is_within else EXIT_ERROR
 
 
-def _difference(tensor: TensorDifference) -> str:
-    if tensor.problem:
-        return f"{tensor.kind} {tensor.name}: {tensor.problem}"
-    return (
-        f"{tensor.kind} {tensor.name}: largest={tensor.largest:.3e} relative={tensor.relative:.3e} "
-        f"different={tensor.num_different} of {tensor.num_elements}"
-    )
-
-
-def _prune(options: argparse.Namespace) -> int:
+def _prune(options: argparse.Namespace) -> None:
     if options.keep_last < 1 or options.keep_every < 0:
         raise UsageError(
             f"keep_last={options.keep_last}, keep_every={options.keep_every}; keep_last must be "
@@ -206,4 +189,3 @@ def _prune(options: argparse.Namespace) -> int:
         verb = "would remove" if options.dry_run else "removed"
         print(f"{verb} {each.directory}, {bytes_in_words(each.num_bytes)}")
     print(f"{'would free' if options.dry_run else 'freed'} {freed:,} bytes")
-    return 0

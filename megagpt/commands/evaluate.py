@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
 from megagpt.commands import add_model_arguments
 from megagpt.config.command import UsageError
 from megagpt.config.schema import DataConfig
+from megagpt.data.preprocessing.progress import report_to_stderr
 from megagpt.files import write_json
 from megagpt.inference.evaluate import evaluate, read_split
 from megagpt.inference.load import load
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser = argparse.ArgumentParser("megagpt evaluate", description=__doc__)
     add_model_arguments(parser)
     add = parser.add_argument
     add("--split", help="train, valid, valid-NAME or test, which is the default")
@@ -26,12 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the result here too")
     add("--stride", type=int, help="tokens between windows; default seq_length / 2")
     add("--batch_size", type=int, default=8, help="windows in one forward pass")
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Evaluates, prints and writes the result."""
-    options = build_parser().parse_args(arguments)
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} must be at least 1; give more")
     if options.data and options.split:
@@ -41,20 +38,20 @@ def main(arguments: list[str]) -> int:
         )
     begin = time.monotonic()
     loaded = load(options.checkpoint, tokenizer_path=options.tokenizer)
-    stride = options.stride
-    if stride is None:
-        stride = max(1, loaded.config.model.seq_length // 2)
+    half = max(1, loaded.config.model.seq_length // 2)
+    stride = half if options.stride is None else options.stride
     data, split = loaded.config.data, options.split or "test"
     if options.data:
         data = DataConfig(train_path=options.data, test_path=options.data)
-    text = read_split(data, split, loaded.tokenizer)
+    tokens, text_bytes = read_split(data, split, loaded.tokenizer)
     evaluation = evaluate(
         loaded.model,
-        text,
+        tokens,
+        text_bytes,
         eod=loaded.tokenizer.eod,
         stride=stride,
         batch_size=options.batch_size,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        report=report_to_stderr,
     )
     result = {
         "checkpoint": options.checkpoint,
@@ -69,4 +66,3 @@ def main(arguments: list[str]) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, result)
-    return 0

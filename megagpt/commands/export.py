@@ -9,20 +9,17 @@ from megagpt.commands import add_model_arguments
 from megagpt.inference.export import export
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser = argparse.ArgumentParser("megagpt export", description=__doc__)
     add_model_arguments(parser, without_tokenizer="; none leaves it out")
     add = parser.add_argument
     add("--output", required=True, type=Path, help="folder to make")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     add("--max_shard_gib", type=float, default=5.0, help="size of one file of weights")
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Exports, and tells what became of the tokenizer."""
-    options = build_parser().parse_args(arguments)
     note = export(
         Path(options.checkpoint),
         options.output,
@@ -31,4 +28,3 @@ def main(arguments: list[str]) -> int:
         tokenizer_path=options.tokenizer,
     )
     print(f"wrote {options.output}; {note}")
-    return 0

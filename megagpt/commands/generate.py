@@ -9,9 +9,8 @@ from megagpt.inference.generate import Sampling, generate
 from megagpt.inference.load import load
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser = argparse.ArgumentParser("megagpt generate", description=__doc__)
     add_model_arguments(parser)
     add = parser.add_argument
     add("--prompt", default="", help="text to continue; empty starts a document")
@@ -22,12 +21,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--seed", type=int, default=1234)
     add("--num_samples", type=int, default=1)
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Prints the samples, each with its prompt."""
-    options = build_parser().parse_args(arguments)
     if options.greedy and options.num_samples > 1:
         raise ValueError(
             f"num_samples={options.num_samples} with --greedy gives the same text each time; "
@@ -55,4 +52,3 @@ def main(arguments: list[str]) -> int:
         if len(samples) > 1:
             print(f"--- sample {number}")
         print(tokenizer.decode(prompt + sample))
-    return 0

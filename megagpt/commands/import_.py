@@ -11,22 +11,18 @@ from pathlib import Path
 from megagpt.checkpoint.huggingface.convert import MODEL_FILE, import_checkpoint
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser = argparse.ArgumentParser("megagpt import", description=__doc__)
     add = parser.add_argument
     add("--input", required=True, type=Path, help="folder with config.json and safetensors")
     add("--output", required=True, type=Path, help="run folder to make")
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Imports, and tells how to train on."""
-    options = build_parser().parse_args(arguments)
     step = import_checkpoint(options.input, options.output)
     print(f"wrote {step}")
     print(
         f"train on with: megagpt train --config {options.output / MODEL_FILE} "
         f"--checkpoint.load {options.output} --output_dir ANOTHER --data.path PREFIX"
     )
-    return 0

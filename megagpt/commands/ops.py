@@ -10,14 +10,12 @@ from megagpt.data.native import load_native
 from megagpt.operations.prebuild import prebuild
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """No flags."""
-    return argparse.ArgumentParser("megagpt ops", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Compiles."""
-    build_parser().parse_args(arguments)
     import torch
 
     if not torch.cuda.is_available():
@@ -25,4 +23,3 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     prebuild()
     load_native()  # says so where it cannot be compiled
-    return 0

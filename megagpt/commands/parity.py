@@ -12,13 +12,9 @@ from megagpt.config.layout import WORDS
 from megagpt.training.parity import compare_layouts
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        "megagpt parity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--a", help=f"a layout, words joined by '-': {WORDS}")
     add("--b", help="the layout it is compared with")
@@ -26,12 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss_tolerance", type=float, help="relative (fp32: 2e-6)")
     add("--grad_norm_tolerance", type=float, help="relative (fp32: 1e-4)")
     add("run", nargs="*", help="after --, the run as for megagpt train")
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     """Runs both layouts and prints the table; 0 if every step is within the tolerances."""
-    options = build_parser().parse_args(arguments)
     if not (options.a and options.b):
         raise ValueError("two layouts are compared; give --a LAYOUT and --b LAYOUT")
     compared = compare_layouts(

@@ -7,14 +7,12 @@ import signal
 import sys
 
 from megagpt.commands import add_text_arguments
-from megagpt.data.preprocessing.faults import FaultPolicy
 from megagpt.data.preprocessing.preprocess import preprocess
 from megagpt.data.preprocessing.progress import report_to_stderr
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser = argparse.ArgumentParser("megagpt preprocess", description=__doc__)
     add_text_arguments(parser)
     add = parser.add_argument
     add("--output_prefix", required=True, help="writes PREFIX.bin, .idx and .manifest.json")
@@ -24,12 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--on_error", default="fail", choices=["fail", "skip"], help=means)
     means = "with --on_error skip: share of bad documents above which no pair is made"
     add("--largest_skipped_share", type=float, default=0.01, help=means)
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Encodes."""
-    options = build_parser().parse_args(arguments)
     # A terminated job ends its workers, and keeps what it has.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     preprocess(
@@ -39,7 +35,7 @@ def main(arguments: list[str]) -> int:
         file_format=options.format,
         json_key=options.json_key,
         workers=options.workers,
-        faults=FaultPolicy(options.on_error, options.largest_skipped_share),
+        on_error=options.on_error,
+        largest_skipped_share=options.largest_skipped_share,
         report=report_to_stderr,
     )
-    return 0

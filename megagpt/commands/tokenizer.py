@@ -10,20 +10,17 @@ from megagpt.data.preprocessing.documents import read_documents
 from megagpt.data.tokenizers.sentencepiece import train_sentencepiece
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser = argparse.ArgumentParser("megagpt tokenizer", description=__doc__)
     add_text_arguments(parser)
     add = parser.add_argument
     add("--output", required=True, metavar="PATH.model")
     add("--vocab_size", type=int, required=True)
     add("--model_type", default="bpe", choices=["bpe", "unigram"])
-    return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(options: argparse.Namespace) -> None:
     """Trains and tells the sizes."""
-    options = build_parser().parse_args(arguments)
     texts = read_documents(options.input, file_format=options.format, json_key=options.json_key)
     tokenizer = train_sentencepiece(
         texts, options.output, vocab_size=options.vocab_size, model_type=options.model_type
@@ -31,4 +28,3 @@ def main(arguments: list[str]) -> int:
     print(
         f"{tokenizer.path}: vocab_size={tokenizer.vocab_size} eod={tokenizer.eod}", file=sys.stderr
     )
-    return 0

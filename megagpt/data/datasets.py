@@ -20,12 +20,8 @@ from megagpt.data.indexed.manifest import Manifest, read_manifest, require_one_t
 from megagpt.data.indexed.splits import SPLITS, split_bounds
 from megagpt.data.samples.blended_dataset import BlendedDataset, JoinedDataset
 from megagpt.data.samples.gpt_dataset import GPTDataset, MegatronOrder
-from megagpt.data.samples.index_cache import IndexCache
 from megagpt.data.tokenizers.load import tokenizer_sha256
 from megagpt.files import file_sha256
-
-# Megatron asks each member of a blend for so many samples more than its share.
-_MEGATRON_SURPLUS = 1.005
 
 Dataset = GPTDataset | BlendedDataset | JoinedDataset
 
@@ -75,6 +71,18 @@ def first_prefix(data: DataConfig) -> str | None:
     return None if paths is None else _weighted(paths)[0][0]
 
 
+def first_manifest(data: DataConfig) -> Manifest | None:
+    """That of the first training pair; None where there is none."""
+    prefix = first_prefix(data)
+    return read_manifest(prefix) if prefix else None
+
+
+def data_tokenizer_path(data: DataConfig) -> str | None:
+    """The data's tokenizer; None where neither configuration nor manifest names one."""
+    manifest = first_manifest(data)
+    return data.tokenizer_path or (manifest.tokenizer_path if manifest else None)
+
+
 def documents_of(data: DataConfig, split: str, source: Source, num_documents: int) -> range:
     """Documents of a pair that a split takes."""
     if not source.is_divided:
@@ -117,33 +125,38 @@ def build_datasets(
     datasets: dict[str, Dataset] = {}
     for split, members in sources.items():
         is_training = split == "train"
-        used: list[Source] = []
         built: list[GPTDataset] = []
+        weights: list[float] = []
         problem = ""
         for source in members:
             indexed = opened[source.prefix]
             documents = documents_of(data, split, source, indexed.num_documents)
             if len(documents) == 0:
-                problem = _empty_split(data, split, source, indexed.num_documents)
+                problem = f"{source.prefix} holds no documents; give a pair with text"
+                if source.is_divided:
+                    problem = (
+                        f"--data.split={data.split} gives it 0 of the {indexed.num_documents} "
+                        f"documents of {source.prefix}; give it a larger share or more documents"
+                    )
                 continue
             megatron = None
             if is_training and data.order == "megatron":
                 assert train_samples is not None, "a replay needs the samples of the run"
                 megatron = _megatron_order(data, members, source, indexed, train_samples)
-            used.append(source)
-            built.append(
-                GPTDataset(
-                    indexed,
-                    documents,
-                    seq_length=seq_length,
-                    seed=seed,
-                    shuffle=is_training,
-                    name=split,
-                    cache=_index_cache(data, source.prefix),
-                    vocab_size=_vocabulary(manifests[source.prefix], vocab_size),
-                    megatron=megatron,
-                )
+            manifest = manifests[source.prefix]
+            dataset = GPTDataset(
+                indexed,
+                documents,
+                seq_length=seq_length,
+                seed=seed,
+                shuffle=is_training,
+                name=split,
+                cache=Path(data.index_cache or Path(source.prefix).parent / "index_cache"),
+                vocab_size=vocab_size if manifest is None else manifest.vocab_size,
+                megatron=megatron,
             )
+            built.append(dataset)
+            weights.append(len(dataset) if source.weight is None else source.weight)
         if not built:
             if split in required:
                 raise ValueError(f"the {split} split is empty: {problem}")
@@ -153,10 +166,7 @@ def build_datasets(
         elif is_training:
             datasets[split] = BlendedDataset(
                 built,
-                [
-                    len(dataset) if source.weight is None else source.weight
-                    for source, dataset in zip(used, built, strict=True)
-                ],
+                weights,
                 megatron_samples=train_samples if data.order == "megatron" else None,
             )
         else:
@@ -175,9 +185,19 @@ def data_fingerprint(data: DataConfig, *, train_samples: int | None = None) -> d
     for split, sources in split_sources(data).items():
         if split != "train" and sources[0].is_divided:
             continue
-        fingerprint[split] = [
-            {"weight": source.weight, **_content(source.prefix)} for source in sources
-        ]
+        fingerprint[split] = []
+        for source in sources:
+            indexed, manifest = IndexedDataset(source.prefix), read_manifest(source.prefix)
+            idx_sha256 = manifest.idx_sha256 if manifest else file_sha256(idx_path(source.prefix))
+            fingerprint[split].append(
+                {
+                    "weight": source.weight,
+                    "num_tokens": indexed.num_tokens,
+                    "num_documents": indexed.num_documents,
+                    "dtype": indexed.dtype.name,
+                    "idx_sha256": idx_sha256,
+                }
+            )
     if data.path is not None:
         fingerprint["split"] = data.split
     if data.order == "megatron":
@@ -185,29 +205,10 @@ def data_fingerprint(data: DataConfig, *, train_samples: int | None = None) -> d
     return fingerprint
 
 
-def _content(prefix: str) -> dict[str, Any]:
-    indexed, manifest = IndexedDataset(prefix), read_manifest(prefix)
-    return {
-        "num_tokens": indexed.num_tokens,
-        "num_documents": indexed.num_documents,
-        "dtype": indexed.dtype.name,
-        "idx_sha256": manifest.idx_sha256 if manifest else file_sha256(idx_path(prefix)),
-    }
-
-
 def _weighted(paths: str | list[str] | dict[str, float]) -> list[tuple[str, float | None]]:
     if isinstance(paths, Mapping):
         return list(paths.items())
     return [(path, None) for path in ([paths] if isinstance(paths, str) else paths)]
-
-
-def _index_cache(data: DataConfig, prefix: str) -> IndexCache:
-    directory = data.index_cache or str(Path(prefix).parent / "index_cache")
-    return IndexCache(Path(directory))
-
-
-def _vocabulary(manifest: Manifest | None, vocab_size: int | None) -> int | None:
-    return manifest.vocab_size if manifest is not None else vocab_size
 
 
 def _megatron_order(
@@ -228,18 +229,9 @@ def _megatron_order(
             "data.order=megatron needs the weight of each pair of a blend; write the data as "
             "{prefix: weight}, as in the Megatron run"
         )
-    # As Megatron rounds it.
+    # As Megatron rounds it; it asks each member for so many samples more than its share.
     share = source.weight / float(np.sum(np.array(weights, dtype=np.float64)))
-    return MegatronOrder(sequences, math.ceil(math.ceil(train_samples * share) * _MEGATRON_SURPLUS))
-
-
-def _empty_split(data: DataConfig, split: str, source: Source, num_documents: int) -> str:
-    if source.is_divided:
-        return (
-            f"--data.split={data.split} gives it 0 of the {num_documents} documents of "
-            f"{source.prefix}; give it a larger share or more documents"
-        )
-    return f"{source.prefix} holds no documents; give a pair with text"
+    return MegatronOrder(sequences, math.ceil(math.ceil(train_samples * share) * 1.005))
 
 
 def _require_one_tokenizer(data: DataConfig, manifests: dict[str, Manifest | None]) -> None:

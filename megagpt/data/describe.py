@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.config.schema import Config
-from megagpt.data.datasets import Dataset, build_datasets, first_prefix
+from megagpt.data.datasets import Dataset, build_datasets
 from megagpt.data.indexed.dataset import IndexedDataset
-from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.samples.blended_dataset import BlendedDataset
 from megagpt.data.samples.gpt_dataset import GPTDataset
-
-_BAR_WIDTH = 50
 
 
 @dataclass(frozen=True)
@@ -27,18 +24,6 @@ class LengthBin:
     longest: int
     num_documents: int
     num_tokens: int
-
-
-@dataclass(frozen=True)
-class BlendShare:
-    """What one member gives to a run."""
-
-    prefix: str
-    weight: float
-    """Share of the samples asked for."""
-    num_samples: int
-    epochs: float
-    """How often the run goes through the member."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +44,15 @@ class Piece:
 def length_histogram(indexed: IndexedDataset) -> list[LengthBin]:
     """Documents by length, in powers of two; documents without tokens come first."""
     lengths = np.diff(indexed.document_offsets())
-    # 0, 1, 2-3, 4-7, ...: the number of binary digits.
-    digits = np.zeros(len(lengths), dtype=np.int64)
-    with_text = lengths > 0
-    digits[with_text] = np.floor(np.log2(lengths[with_text])).astype(np.int64) + 1
+    digits = np.frexp(lengths)[1]  # 0, 1, 2-3, 4-7, ...: the number of binary digits
     return [
         LengthBin(
             shortest=(1 << digit) >> 1,
-            longest=max((1 << digit) - 1, 0),
+            longest=(1 << digit) - 1,
             num_documents=int(np.sum(digits == digit)),
             num_tokens=int(lengths[digits == digit].sum()),
         )
-        for digit in range(int(digits.max(initial=-1)) + 1)
-        if np.any(digits == digit)
+        for digit in np.unique(digits).tolist()
     ]
 
 
@@ -81,8 +62,7 @@ def histogram_lines(bins: list[LengthBin]) -> list[str]:
     return [
         f"{each.shortest:>9} to {each.longest:<9} {each.num_documents:>10} documents "
         f"{each.num_tokens:>14} tokens "
-        + "#"
-        * max(1, round(_BAR_WIDTH * each.num_documents / largest))
+        f"{'#' * max(1, round(50 * each.num_documents / largest))}"
         for each in bins
     ]
 
@@ -120,18 +100,22 @@ def open_training(config: Config) -> Dataset:
     )["train"]
 
 
-def blend_shares(config: Config) -> list[BlendShare]:
-    """What each training pair gives to a whole run."""
+def blend_shares(config: Config) -> list[tuple[str, float, int, float]]:
+    """What each training pair gives to a whole run.
+
+    Returns:
+        Its prefix, its share of the samples asked for, its samples, and how often the run goes
+        through it.
+    """
     dataset = open_training(config)
     total = config.training.train_steps * config.batch.global_batch_size
     if isinstance(dataset, GPTDataset):
-        return [BlendShare(dataset.indexed.prefix, 1.0, total, total / len(dataset))]
+        return [(dataset.indexed.prefix, 1.0, total, total / len(dataset))]
     assert isinstance(dataset, BlendedDataset)
+    shares, counts = dataset.blend.shares.tolist(), dataset.counts(total).tolist()
     return [
-        BlendShare(member.indexed.prefix, float(share), int(count), int(count) / len(member))
-        for member, share, count in zip(
-            dataset.datasets, dataset.blend.shares, dataset.counts(total), strict=True
-        )
+        (member.indexed.prefix, share, count, count / len(member))
+        for member, share, count in zip(dataset.datasets, shares, counts, strict=True)
     ]
 
 
@@ -164,10 +148,3 @@ def locate(config: Config, step: int) -> Iterator[Piece]:
             before = indexed.num_tokens_between(first, sequence)
             tokens = indexed[sequence][skip : skip + count]
             yield Piece(sample, row, indexed.prefix, document, before + skip, tokens)
-
-
-def data_tokenizer_path(config: Config) -> str | None:
-    """The tokenizer of a run's data; None where neither configuration nor manifest names one."""
-    prefix = first_prefix(config.data)
-    manifest = read_manifest(prefix) if prefix else None
-    return config.data.tokenizer_path or (manifest.tokenizer_path if manifest else None)

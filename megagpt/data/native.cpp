@@ -24,19 +24,9 @@ constexpr int32_t kNoSymbol = -1;
 inline char32_t next_char(const uint8_t*& p) {
   const uint8_t lead = *p++;
   if (lead < 0x80) return lead;
-  if (lead < 0xE0) {
-    const char32_t c = (lead & 0x1Fu) << 6 | (p[0] & 0x3Fu);
-    p += 1;
-    return c;
-  }
-  if (lead < 0xF0) {
-    const char32_t c = (lead & 0x0Fu) << 12 | (p[0] & 0x3Fu) << 6 | (p[1] & 0x3Fu);
-    p += 2;
-    return c;
-  }
-  const char32_t c =
-      (lead & 0x07u) << 18 | (p[0] & 0x3Fu) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
-  p += 3;
+  const int more = lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : 3;
+  char32_t c = lead & (0x3Fu >> more);
+  for (int i = 0; i < more; ++i) c = c << 6 | (*p++ & 0x3Fu);
   return c;
 }
 
@@ -48,39 +38,46 @@ inline uint64_t mix(uint64_t x) {
 // SentencePiece's piece types.
 enum Type : uint8_t { kNormal = 1, kUserDefined = 4, kByte = 6 };
 
+// Of two symbols or two characters; the upper bit keeps it from being 0.
+inline uint64_t pair_key(uint32_t a, uint32_t b) {
+  return 1ull << 63 | static_cast<uint64_t>(a) << 32 | b;
+}
+
 // Two symbols that BPE joins, and what they become.
 struct Merge {
-  int32_t left, right, result;
+  uint64_t key;
+  int32_t result;
   float score;
 };
 
-// Open addressing: (left, right) -> Merge.
-class MergeTable {
+struct Pair {
+  uint64_t key;
+};
+
+// Open addressing of slots by their key, 0 in an empty one; of equal keys the first is kept.
+template <typename Slot>
+class Table {
  public:
-  void build(const std::vector<Merge>& merges) {
+  void build(const std::vector<Slot>& all) {
     size_t size = 16;
-    while (size < 2 * merges.size()) size *= 2;
-    slots_.assign(size, Merge{kNoSymbol, kNoSymbol, kNoSymbol, 0});
+    while (size < 4 * all.size()) size *= 2;
+    slots_.assign(size, Slot{});
     mask_ = size - 1;
-    for (const Merge& merge : merges) {
-      size_t i = slot(merge.left, merge.right);
-      while (slots_[i].left != kNoSymbol) i = (i + 1) & mask_;
-      slots_[i] = merge;
+    for (const Slot& slot : all) {
+      size_t i = mix(slot.key) & mask_;
+      while (slots_[i].key && slots_[i].key != slot.key) i = (i + 1) & mask_;
+      if (!slots_[i].key) slots_[i] = slot;
     }
   }
-  const Merge* find(int32_t left, int32_t right) const {
-    for (size_t i = slot(left, right); slots_[i].left != kNoSymbol; i = (i + 1) & mask_) {
-      if (slots_[i].left == left && slots_[i].right == right) return &slots_[i];
+  const Slot* find(uint64_t key) const {
+    for (size_t i = mix(key) & mask_; slots_[i].key; i = (i + 1) & mask_) {
+      if (slots_[i].key == key) return &slots_[i];
     }
     return nullptr;
   }
 
  private:
-  size_t slot(int32_t left, int32_t right) const {
-    return mix(static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 |
-               static_cast<uint32_t>(right)) & mask_;
-  }
-  std::vector<Merge> slots_;
+  std::vector<Slot> slots_;
   size_t mask_ = 0;
 };
 
@@ -91,38 +88,23 @@ class PairSet {
   PairSet() : ascii_(128 * 128, 0) {}
   void insert(char32_t a, char32_t b) {
     if (a < 128 && b < 128) ascii_[a << 7 | b] = 1;
-    others_.insert(key(a, b));
+    else seen_.insert(pair_key(a, b));
   }
   void freeze() {
-    size_t size = 16;
-    while (size < 4 * others_.size()) size *= 2;
-    slots_.assign(size, 0);
-    mask_ = size - 1;
-    for (uint64_t pair : others_) {
-      size_t i = mix(pair) & mask_;
-      while (slots_[i]) i = (i + 1) & mask_;
-      slots_[i] = pair;
-    }
-    others_.clear();
+    std::vector<Pair> pairs;
+    for (uint64_t key : seen_) pairs.push_back({key});
+    others_.build(pairs);
+    seen_.clear();
   }
   bool contains(char32_t a, char32_t b) const {
     if (a < 128 && b < 128) return ascii_[a << 7 | b];
-    const uint64_t pair = key(a, b);
-    for (size_t i = mix(pair) & mask_; slots_[i]; i = (i + 1) & mask_) {
-      if (slots_[i] == pair) return true;
-    }
-    return false;
+    return others_.find(pair_key(a, b)) != nullptr;
   }
 
  private:
-  // The upper bit keeps a key from being 0, which marks an empty slot.
-  static uint64_t key(char32_t a, char32_t b) {
-    return 1ull << 63 | static_cast<uint64_t>(a) << 32 | b;
-  }
   std::vector<uint8_t> ascii_;
-  std::unordered_set<uint64_t> others_;
-  std::vector<uint64_t> slots_;
-  size_t mask_ = 0;
+  std::unordered_set<uint64_t> seen_;
+  Table<Pair> others_;
 };
 
 // Tokens of a chunk of up to 16 bytes; half a cache line.
@@ -214,7 +196,7 @@ class Bpe {
         const auto left = symbols_.find(text[id].substr(0, cut));
         const auto right = symbols_.find(text[id].substr(cut));
         if (left != symbols_.end() && right != symbols_.end()) {
-          merges.push_back({left->second, right->second, id, scores[id]});
+          merges.push_back({pair_key(left->second, right->second), id, scores[id]});
         }
       }
     }
@@ -409,7 +391,7 @@ class Bpe {
   const Merge* mergeable(int32_t left, int32_t right) const {
     const Symbol &a = line_[left], &b = line_[right];
     if (a.id == kNoSymbol || b.id == kNoSymbol || a.frozen || b.frozen) return nullptr;
-    return merges_.find(a.id, b.id);
+    return merges_.find(pair_key(a.id, b.id));
   }
 
   void join(int32_t left, int32_t right, int32_t result) {
@@ -454,7 +436,7 @@ class Bpe {
           line_[right].id != best.right_id || line_[best.left].size == 0) {
         continue;
       }
-      join(best.left, right, merges_.find(best.left_id, best.right_id)->result);
+      join(best.left, right, merges_.find(pair_key(best.left_id, best.right_id))->result);
       const Symbol joined = line_[best.left];
       if (joined.next != kNoSymbol) propose(best.left, joined.next, true);
       if (joined.previous != kNoSymbol) propose(joined.previous, best.left, true);
@@ -475,7 +457,7 @@ class Bpe {
   std::unordered_map<std::string, int32_t> user_defined_;
   size_t longest_user_defined_ = 0;
   PairSet pairs_;
-  MergeTable merges_;
+  Table<Merge> merges_;
   int32_t num_pieces_ = 0;
   std::unordered_map<char32_t, int32_t> chars_;
   int32_t ascii_[128];
@@ -617,20 +599,6 @@ void megagpt_blend(const double* periods, const double* phases, int64_t* counts,
   const auto due = [&](int64_t d) {
     return (static_cast<double>(counts[d]) + phases[d]) * periods[d];
   };
-  if (num_members <= 8) {
-    double next[8];
-    for (int64_t d = 0; d < num_members; ++d) next[d] = due(d);
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t best = 0;
-      for (int64_t d = 1; d < num_members; ++d) {
-        if (next[d] < next[best]) best = d;
-      }
-      members[i] = static_cast<int32_t>(best);
-      samples[i] = counts[best]++;
-      next[best] = due(best);
-    }
-    return;
-  }
   using Event = std::pair<double, int64_t>;
   std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
   for (int64_t d = 0; d < num_members; ++d) events.emplace(due(d), d);

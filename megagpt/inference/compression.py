@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_ORDER_0_CHOICES = 256
-
 
 def baselines(train_texts: Sequence[str], test_text: str) -> dict[str, float]:
     """Bits per UTF-8 byte of a text under three references.
@@ -71,17 +69,10 @@ def order2_bits_per_byte(train: Sequence[bytes], test: bytes) -> float:
 
     symbols = code[np.frombuffer(start + test, dtype=np.uint8)]
     before, last, following = symbols[:-2], symbols[1:-1], symbols[2:]
-    probability = np.full(len(test), 1 / _ORDER_0_CHOICES)
-    for seen, table in (
-        (order0[following], order0[None, :]),
-        (order1[last, following], order1[last]),
-        (order2[before, last, following], None),
-    ):
-        if table is None:
-            total = order2.sum(axis=2)[before, last]
-            distinct = (order2 > 0).sum(axis=2)[before, last]
-        else:
-            total, distinct = table.sum(axis=-1), (table > 0).sum(axis=-1)
+    probability = np.full(len(test), 1 / 256)
+    for table, context in ((order0, ()), (order1, (last,)), (order2, (before, last))):
+        seen = table[(*context, following)]
+        total, distinct = table.sum(axis=-1)[context], (table > 0).sum(axis=-1)[context]
         interpolated = (seen + distinct * probability) / np.maximum(total + distinct, 1)
         probability = np.where(total > 0, interpolated, probability)
     return float(-np.log(probability).mean() / math.log(2))

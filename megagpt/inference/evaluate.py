@@ -30,16 +30,6 @@ _REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class SplitText:
-    """The tokens of a split and the size of the text they stand for."""
-
-    tokens: np.ndarray
-    """[n], int64, ends of documents included."""
-    text_bytes: int
-    """UTF-8 bytes of the text."""
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What a model makes of a split."""
 
@@ -55,7 +45,7 @@ class Evaluation:
     """UTF-8 bytes of the text."""
 
 
-def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> SplitText:
+def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     """Reads a split whole.
 
     Args:
@@ -63,15 +53,17 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> SplitText:
         split: train, valid, test or valid-NAME.
         tokenizer: Gives the size of the text where the manifest does not (one pair for all splits).
 
+    Returns:
+        Its tokens, [n], int64, ends of documents included; and the UTF-8 bytes of its text.
+
     Raises:
         ValueError: If the split is not configured, empty, or of another tokenizer.
     """
     sources = split_sources(data)
     if split not in sources:
         raise ValueError(
-            f"the run has no {split} data; choose --split from {', '.join(sources)}, or "
-            f"train with "
-            f"--data.{split}_path"
+            f"the run has no {split} data; choose --split from {', '.join(sources)}, or train "
+            f"with --data.{split}_path"
         )
     documents: list[np.ndarray] = []
     text_bytes = 0
@@ -96,31 +88,30 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> SplitText:
     if len(tokens) == 0 or text_bytes == 0:
         names = ", ".join(source.prefix for source in sources[split])
         raise ValueError(f"the {split} split of {names} is empty; choose another --split")
-    return SplitText(tokens, text_bytes)
+    return tokens, text_bytes
 
 
 @torch.no_grad()
-def total_loss(
+def evaluate(
     model: GPTModel,
     tokens: np.ndarray,
+    text_bytes: int,
     *,
     eod: int,
     stride: int,
     batch_size: int = 8,
     report: Callable[[str], None] | None = None,
-) -> float:
-    """Sum of the losses of all tokens.
+) -> Evaluation:
+    """Scores all tokens of a split.
 
     Args:
         model: Whole, at tp = 1.
         tokens: [n], int64; n >= 1.
+        text_bytes: UTF-8 bytes of the text that they stand for.
         eod: Stands before the first token.
         stride: Tokens that each window after the first scores, 1 to seq_length.
         batch_size: Windows in one forward pass.
         report: Called with a line of progress every 10 seconds.
-
-    Returns:
-        Nats; float64 sum.
 
     Raises:
         ValueError: If stride is outside its range.
@@ -136,9 +127,8 @@ def total_loss(
     ends = [size, *range(size + stride, num_tokens, stride)]
     if ends[-1] != num_tokens:
         ends.append(num_tokens)
-    windows = []  # of size tokens up to `end`, with the first position that is scored
-    for previous, end in zip([0, *ends[:-1]], ends, strict=True):
-        windows.append((end - size, previous - (end - size)))
+    # Each of size tokens up to its end, with the first position that is scored.
+    windows = [(e - size, b - (e - size)) for b, e in zip([0, *ends[:-1]], ends, strict=True)]
     device = next(model.parameters()).device
     total, begin, reported = 0.0, time.monotonic(), time.monotonic()
     for first in range(0, len(windows), batch_size):
@@ -158,27 +148,11 @@ def total_loss(
                 f"evaluated {share:.0%} of {num_tokens} tokens, "
                 f"{(now - begin) * (1 - share) / share:.0f} s left"
             )
-    return total
-
-
-def evaluate(
-    model: GPTModel,
-    text: SplitText,
-    *,
-    eod: int,
-    stride: int,
-    batch_size: int = 8,
-    report: Callable[[str], None] | None = None,
-) -> Evaluation:
-    """Scores a split; see `total_loss` for the arguments."""
-    nats = total_loss(
-        model, text.tokens, eod=eod, stride=stride, batch_size=batch_size, report=report
-    )
-    loss = nats / len(text.tokens)
+    loss = total / num_tokens
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp(710) overflows
-        bits_per_byte=nats / math.log(2) / text.text_bytes,
-        num_tokens=len(text.tokens),
-        text_bytes=text.text_bytes,
+        bits_per_byte=total / math.log(2) / text_bytes,
+        num_tokens=num_tokens,
+        text_bytes=text_bytes,
     )

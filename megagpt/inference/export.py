@@ -10,13 +10,11 @@ from typing import Any
 
 from megagpt.checkpoint.directory import newest_readable
 from megagpt.checkpoint.huggingface.convert import WeightType, export_checkpoint
-from megagpt.data.tokenizers.load import load_tokenizer
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megagpt.files import encode_json
-from megagpt.inference.load import find_tokenizer
+from megagpt.inference.load import open_tokenizer
 
-NO_TOKENIZER = "none"
 # Of sentencepiece_model.proto: ModelType; and Type, of normal, unknown, control and byte pieces.
 _BPE = 2
 _PIECE_TYPES = (1, 2, 3, 6)
@@ -49,16 +47,9 @@ def export(
         raise ValueError(f"max_shard_gib={max_shard_gib} must be above 0; give for example 5")
     files: dict[str, bytes] = {}
     eod, note = None, "without a tokenizer"
-    if tokenizer_path != NO_TOKENIZER:
+    if tokenizer_path != "none":
         config = newest_readable(checkpoint).state.config
-        tokenizer = load_tokenizer(find_tokenizer(config, tokenizer_path))
-        assert config.model.vocab_size is not None
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model "
-                f"{config.model.vocab_size}; give the tokenizer it was trained with, "
-                f"--tokenizer PATH, or leave it out, --tokenizer {NO_TOKENIZER}"
-            )
+        tokenizer = open_tokenizer(config, tokenizer_path)
         eod = tokenizer.eod
         files, note = tokenizer_files(tokenizer, model_max_length=config.model.seq_length)
     export_checkpoint(
@@ -78,24 +69,30 @@ def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> tuple[dic
     Transformers reads special tokens in a text, such as `<eod>`, as tokens; here they are text.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _sentencepiece_files(tokenizer, model_max_length)
-    if tokenizer.kind == "huggingface":
+        name, settings = "tokenizer.model", _sentencepiece_settings(tokenizer)
+        if settings is None:
+            return {}, (
+                f"without tokenizer {tokenizer.path}, for transformers gives other ids; it gives "
+                "the same for SentencePiece's BPE with byte fallback that leaves the text as it is"
+            )
+    elif tokenizer.kind == "huggingface":
         import tokenizers  # an extra, which has opened the file already
 
-        content = Path(tokenizer.path).read_bytes()
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizers.Tokenizer.from_buffer(content).id_to_token(tokenizer.eod),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": model_max_length,
-        }
-        return _files("tokenizer.json", content, settings), f"with tokenizer {tokenizer.path}"
-    return {}, f"without a tokenizer, for transformers has none like `{tokenizer.path}`"
+        eos = tokenizers.Tokenizer.from_file(tokenizer.path).id_to_token(tokenizer.eod)
+        name = "tokenizer.json"
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    else:
+        return {}, f"without a tokenizer, for transformers has none like `{tokenizer.path}`"
+    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": model_max_length}
+    files = {
+        name: Path(tokenizer.path).read_bytes(),
+        "tokenizer_config.json": encode_json(settings),
+    }
+    return files, f"with tokenizer {tokenizer.path}"
 
 
-def _sentencepiece_files(
-    tokenizer: SentencePieceTokenizer, model_max_length: int
-) -> tuple[dict[str, bytes], str]:
+def _sentencepiece_settings(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
+    """The class of transformers that gives the same ids; None where there is none."""
     model = tokenizer.model_proto()
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     is_same = (
@@ -109,11 +106,8 @@ def _sentencepiece_files(
         and not normalizer.remove_extra_whitespaces
     )
     if not is_same:
-        return {}, (
-            f"without tokenizer {tokenizer.path}, for transformers gives other ids; it gives the "
-            "same for SentencePiece's BPE with byte fallback that leaves the text as it is"
-        )
-    settings = {
+        return None
+    return {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
         "add_prefix_space": False,
@@ -122,12 +116,4 @@ def _sentencepiece_files(
         "bos_token": None,
         "eos_token": model.pieces[tokenizer.eod].piece,
         "unk_token": trainer.unk_piece,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": model_max_length,
     }
-    content = Path(tokenizer.path).read_bytes()
-    return _files("tokenizer.model", content, settings), f"with tokenizer {tokenizer.path}"
-
-
-def _files(name: str, content: bytes, settings: dict[str, Any]) -> dict[str, bytes]:
-    return {name: content, "tokenizer_config.json": encode_json(settings)}

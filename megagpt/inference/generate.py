@@ -80,7 +80,6 @@ def generate(
     seed: int = 0,
     num_samples: int = 1,
     num_tokens: int | None = None,
-    use_cache: bool = True,
 ) -> list[list[int]]:
     """Samples continuations of a prompt.
 
@@ -95,7 +94,6 @@ def generate(
         seed: The same seed gives the same samples.
         num_samples: Continuations of the one prompt.
         num_tokens: Only ids below this are drawn; default the model's vocabulary.
-        use_cache: Whether keys and values are kept; the result is the same.
 
     Returns:
         For each sample its new token ids.
@@ -128,12 +126,8 @@ def generate(
             window_start, cache = end - max(1, seq_length // 2), None
         if cache is None:
             cache, num_cached = KVCache(model.config.num_layers), window_start
-        if use_cache:
-            logits = model.logits(tokens[:, num_cached:], cache)
-            num_cached = end
-        else:
-            logits = model.logits(tokens[:, window_start:])
-        last = logits[:, -1, :num_tokens].cpu()  # [b, v]
+        last = model.logits(tokens[:, num_cached:], cache)[:, -1, :num_tokens].cpu()  # [b, v]
+        num_cached = end
         drawn = torch.multinomial(
             next_token_probabilities(last, sampling), 1, generator=generator
         )  # [b, 1]

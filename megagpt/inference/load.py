@@ -13,8 +13,7 @@ import torch
 
 from megagpt.checkpoint.weights import load_weights
 from megagpt.config.schema import Config
-from megagpt.data.datasets import first_prefix
-from megagpt.data.indexed.manifest import read_manifest
+from megagpt.data.datasets import data_tokenizer_path, first_manifest, first_prefix
 from megagpt.data.tokenizers.load import load_tokenizer, tokenizer_sha256
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.model.gpt import GPTModel
@@ -33,25 +32,14 @@ class LoadedModel:
     """The configuration it was trained with."""
     step: int
     """Optimizer steps it was trained for."""
-    device: torch.device
-    """Where its weights are."""
 
 
-def default_device() -> torch.device:
-    """The accelerator that DeepSpeed would take: CUDA where there is one, unless it is told cpu."""
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-    return torch.device("cpu" if on_cpu else "cuda")
-
-
-def build_model(
-    config: Config, weights: dict[str, torch.Tensor], *, device: torch.device
-) -> GPTModel:
+def build_model(config: Config, weights: dict[str, torch.Tensor]) -> GPTModel:
     """The model of a configuration with weights by canonical name.
 
     Args:
         config: As trained; model.vocab_size is set.
         weights: Whole tensors; a tied output weight is absent.
-        device: Where the model goes.
 
     Raises:
         ValueError: If names or shapes are not those of the configuration.
@@ -77,7 +65,7 @@ def build_model(
         for name, parameter in parameters.items():
             parameter.zero_()
             parameter[: len(weights[name])].copy_(weights[name])
-    return model.requires_grad_(False).eval().to(device)
+    return model.requires_grad_(False).eval()
 
 
 def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> LoadedModel:
@@ -90,39 +78,41 @@ def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> Loaded
     Raises:
         ValueError: If there is no whole checkpoint, or its tokenizer is missing or another one.
     """
-    device = default_device()
     state, weights = load_weights(checkpoint)
-    config = state.config
-    tokenizer = load_tokenizer(find_tokenizer(config, tokenizer_path))
+    tokenizer = open_tokenizer(state.config, tokenizer_path)
+    # The accelerator that DeepSpeed would take.
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    model = build_model(state.config, weights).to("cpu" if on_cpu else "cuda")
+    return LoadedModel(model, tokenizer, state.config, state.step)
+
+
+def open_tokenizer(config: Config, given: str | None) -> Tokenizer:
+    """The tokenizer of a trained model, checked against its data, where that is here, and its size.
+
+    Args:
+        config: As trained.
+        given: Where the tokenizer is now; None: where the configuration or the data name it.
+
+    Raises:
+        ValueError: If it is nowhere, or another one.
+    """
+    prefix, manifest = first_prefix(config.data), first_manifest(config.data)
+    path = given or data_tokenizer_path(config.data)
+    if path is None:
+        raise ValueError(
+            f"the data {prefix} that names the tokenizer is not here; run in the folder of the "
+            "training, or give --tokenizer PATH"
+        )
+    if manifest is not None and tokenizer_sha256(path) != manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{path} is not the tokenizer that {prefix} was made with (its hash differs); "
+            "give that one, --tokenizer PATH"
+        )
+    tokenizer = load_tokenizer(path)
     assert config.model.vocab_size is not None, "checkpoints hold the resolved configuration"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model "
-            f"{config.model.vocab_size}; "
-            "give the tokenizer it was trained with, --tokenizer PATH"
+            f"{config.model.vocab_size}; give the tokenizer it was trained with, --tokenizer PATH"
         )
-    model = build_model(config, weights, device=device)
-    return LoadedModel(model, tokenizer, config, state.step, device)
-
-
-def find_tokenizer(config: Config, given: str | None) -> str:
-    """The tokenizer asked for, checked against the data's manifest where that is at hand."""
-    path = given or config.data.tokenizer_path
-    prefix = first_prefix(config.data)
-    manifest = read_manifest(prefix) if prefix else None
-    if manifest is None:
-        if path is None:
-            raise ValueError(
-                f"the data {prefix} that names the tokenizer is not here; run in the folder of the "
-                "training, or give --tokenizer PATH"
-            )
-        return path
-    if path is None:
-        path = manifest.tokenizer_path
-    if tokenizer_sha256(path) != manifest.tokenizer_sha256:
-        raise ValueError(
-            f"{path} is not the tokenizer that {prefix} was made with (its hash differs); "
-            f"give that "
-            "one, --tokenizer PATH"
-        )
-    return path
+    return tokenizer

@@ -109,8 +109,8 @@ class IndexedDataset:
                     f"no data at {path}; make it with megagpt preprocess "
                     "(the demo's data: make demo)"
                 )
-        index_stat = index_path.stat()
-        index_bytes = index_stat.st_size
+        index_stat, tokens_stat = index_path.stat(), tokens_path.stat()
+        index_bytes, tokens_bytes = index_stat.st_size, tokens_stat.st_size
         with index_path.open("rb") as file:
             header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or header[: len(MAGIC)] != MAGIC:
@@ -141,8 +141,6 @@ class IndexedDataset:
         self.sequence_pointers: np.ndarray = mapped[lengths_end:pointers_end].view("<i8")
         self.document_indices: np.ndarray = mapped[pointers_end:].view("<i8")
 
-        tokens_stat = tokens_path.stat()
-        tokens_bytes = tokens_stat.st_size
         self.modified_ns = (tokens_stat.st_mtime_ns, index_stat.st_mtime_ns)
         indexed_bytes = 0
         if num_sequences:
@@ -169,10 +167,6 @@ class IndexedDataset:
         self.tokens_address: int = self.tokens.ctypes.data
         self.lengths_address: int = self.sequence_lengths.ctypes.data
         self.pointers_address: int = self.sequence_pointers.ctypes.data
-
-    def __len__(self) -> int:
-        """Number of sequences, as in Megatron."""
-        return self.num_sequences
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Tokens of one sequence: [length], stored dtype, a view of the file."""

@@ -51,9 +51,7 @@ def merge(inputs: Sequence[str | Path], output_prefix: str | Path) -> IndexedDat
             _copy(indexed, range(indexed.num_documents), writer)
         known = [manifest for manifest in manifests if manifest is not None]
         if len(known) == len(manifests):
-            skipped: Counter[str] = Counter()
-            for manifest in known:
-                skipped.update(manifest.skipped)
+            skipped = sum((Counter(manifest.skipped) for manifest in known), Counter[str]())
             sizes = [manifest.text_bytes for manifest in known]
             publish_pair(
                 writer,
@@ -77,13 +75,9 @@ def split(prefix: str | Path, shares: str, output_prefix: str | Path) -> dict[st
         ValueError: If the pair is damaged, or the shares give a split no document.
     """
     indexed, manifest = IndexedDataset(prefix), read_manifest(prefix)
-    asked = [float(share) > 0 for share in shares.split(",")] if split_bounds(shares, 1) else []
     bounds = split_bounds(shares, indexed.num_documents)
-    wanted = {
-        name: range(*each)
-        for name, each, is_asked in zip(SPLITS, bounds, asked, strict=False)
-        if is_asked
-    }
+    asked = zip(SPLITS, bounds, shares.split(","), strict=False)
+    wanted = {name: range(*each) for name, each, share in asked if float(share) > 0}
     for name, documents in wanted.items():
         if not documents:
             raise ValueError(

@@ -5,6 +5,7 @@ Next file: `manifest.py`, whose `publish_pair` adds the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,7 +14,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -51,8 +51,8 @@ class IndexedDatasetWriter:
 
     All goes to the folder `<prefix>.partial` first, lengths too, so memory does not grow with the
     corpus. `publish` removes a stale .idx and manifest before it renames .bin, so that at no moment
-    an old index describes new tokens. As a context manager it finishes, if that was not done
-    inside, or on an exception removes what it wrote.
+    an old index describes new tokens. As a context manager it seals and publishes, if that was
+    not done inside, or on an exception removes what it wrote.
 
     Attributes:
         prefix: Path of the pair without its suffix.
@@ -235,11 +235,6 @@ class IndexedDatasetWriter:
         sync_directory(self.directory.parent)
         self.abort()
 
-    def finish(self) -> None:
-        """Seals and publishes a pair without a manifest."""
-        self.seal()
-        self.publish()
-
     def _index_parts(self) -> Iterator[bytes]:
         """The content of .idx, some megabytes at a time."""
         yield encode_header(
@@ -266,10 +261,9 @@ class IndexedDatasetWriter:
             return
         self._open = False
         for file in (self._tokens, self._lengths, self._counts, self._lock):
-            try:
+            # A full disk fails again here; the first error is the one to report.
+            with contextlib.suppress(OSError):
                 file.close()
-            except OSError:
-                pass  # a full disk fails again here; the first error is the one to report
 
     def abort(self) -> None:
         """Removes the folder of what was being written; an older pair of the name stays."""
@@ -281,16 +275,12 @@ class IndexedDatasetWriter:
         """The writer itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finishes, or after any failure removes what was written."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Seals and publishes, or after any failure removes what was written."""
         try:
             if kind is None and self._open:
-                self.finish()
+                self.seal()
+                self.publish()
         finally:
             self.abort()
 

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -49,10 +49,10 @@ class BadDocument(ValueError):
 
     Attributes:
         reason: One of a few, to be counted by.
-        line: Line in the part, from 1.
+        line: Line in the record, from 1.
     """
 
-    def __init__(self, reason: str, line: int, message: str) -> None:
+    def __init__(self, reason: str, message: str, line: int = 1) -> None:
         super().__init__(message)
         self.reason = reason
         self.line = line
@@ -126,48 +126,50 @@ def read_records(part: Part) -> Iterator[bytes]:
     Raises:
         ValueError: If a packed file is damaged.
     """
-    with _open(part) as file:
+    with open(part.path, "rb") as file:
         if part.file_format == "text":
-            yield file.read().removeprefix(_BOM)
+            text = b"".join(_unpacked(part.path, file)) if part.is_packed else file.read()
+            yield text.removeprefix(_BOM)
             return
         if part.begin:
             # A line belongs to the part that its first byte is in.
             file.seek(part.begin - 1)
             file.readline()
-        position = file.tell() if not part.is_packed else 0
-        is_first = position == 0
-        for line in file:
-            if not part.is_packed:
-                if position >= part.end:
-                    break
-                position += len(line)
-            yield line.removeprefix(_BOM) if is_first else line
-            is_first = False
+        position = file.tell()
+        for line in _lines(_unpacked(part.path, file)) if part.is_packed else file:
+            if position >= part.end and not part.is_packed:
+                break
+            yield line if position else line.removeprefix(_BOM)
+            position += len(line)
 
 
-def record_text(record: bytes, part: Part, json_key: str, line: int) -> str:
-    """The text of a record; empty where there is none.
+def record_text(record: bytes, part: Part, json_key: str) -> str:
+    """The text of a record; blank where there is none.
 
     Raises:
         BadDocument: For invalid UTF-8 or JSON, or a missing key.
     """
-    if part.file_format == "text":
-        return _decode(record, 0)
-    if not record.strip():
-        return ""
     try:
-        value = json.loads(_decode(record, line))
+        text = record.decode()
+    except UnicodeDecodeError as error:
+        raise BadDocument(
+            "invalid UTF-8",
+            f"invalid UTF-8 (byte 0x{record[error.start]:02x}); convert the file to UTF-8",
+            record.count(b"\n", 0, error.start) + 1,
+        ) from error
+    if part.file_format == "text" or not record.strip():
+        return text
+    try:
+        value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         detail = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise BadDocument(
             "invalid JSON",
-            line,
             f"invalid JSON ({detail}); each line must be a JSON object, mend or remove it",
         ) from error
     if not isinstance(value, dict):
         raise BadDocument(
             "no JSON object",
-            line,
             f"{type(value).__name__} instead of a JSON object; write "
             f'{{"{json_key}": ...}} on each line',
         )
@@ -175,14 +177,12 @@ def record_text(record: bytes, part: Part, json_key: str, line: int) -> str:
         keys = ", ".join(sorted(value)) or "none"
         raise BadDocument(
             f'no key "{json_key}"',
-            line,
             f'no key "{json_key}" (keys: {keys}); name the text with --json_key',
         )
     text = value[json_key]
     if not isinstance(text, str):
         raise BadDocument(
             "no string",
-            line,
             f'key "{json_key}" is {type(text).__name__}, must be a string; mend it or name '
             "another --json_key",
         )
@@ -191,7 +191,6 @@ def record_text(record: bytes, part: Part, json_key: str, line: int) -> str:
     except UnicodeEncodeError as error:
         raise BadDocument(
             "lone surrogate",
-            line,
             f"a lone surrogate at character {error.start} is not Unicode; mend the line",
         ) from error
     return text
@@ -207,87 +206,46 @@ def read_documents(
     """
     for path in expand_inputs(paths):
         part = Part(path, resolve_format(path, file_format), 0, Path(path).stat().st_size)
-        for line, record in enumerate(read_records(part), 1):
+        for number, record in enumerate(read_records(part)):
             try:
-                text = record_text(record, part, json_key, line)
+                text = record_text(record, part, json_key)
             except BadDocument as error:
-                raise ValueError(f"{path}:{error.line}: {error}") from error
+                raise ValueError(f"{path}:{number + error.line}: {error}") from error
             if text and not text.isspace():
                 yield text
 
 
-def _decode(record: bytes, line: int) -> str:
-    """Text of bytes; line 0 stands for a file of many lines."""
+def _unpacked(path: str, file: IO[bytes]) -> Iterator[bytes]:
+    """What a packed file holds; what is wrong in it is a ValueError with its name."""
     try:
-        return record.decode()
-    except UnicodeDecodeError as error:
-        raise BadDocument(
-            "invalid UTF-8",
-            line or record.count(b"\n", 0, error.start) + 1,
-            f"invalid UTF-8 (byte 0x{record[error.start]:02x}); convert the file to UTF-8",
+        if Path(path).suffix.lower() == ".gz":
+            unpacked = gzip.GzipFile(fileobj=file)
+            while content := unpacked.read1(_READ_BYTES):
+                yield content
+            return
+        frame = None
+        while packed := file.read(_PACKED_BYTES):
+            while packed:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(packed)
+                packed = b""
+                if frame.eof:
+                    packed, frame = frame.unused_data, None
+        if frame is not None:  # zstandard itself takes a cut frame for a short one
+            raise EOFError("it ends inside a frame")
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(
+            f"input {path} is cut off or damaged ({error}); fetch or pack it again"
         ) from error
 
 
-def _open(part: Part) -> IO[bytes]:
-    suffix = Path(part.path).suffix.lower()
-    file = open(part.path, "rb")  # noqa: SIM115 - closed with what wraps it
-    if suffix not in _UNPACKERS:
-        return file
-    return io.BufferedReader(_Unpacked(file, part.path, _UNPACKERS[suffix](file)), _READ_BYTES)
-
-
-class _Unpacked(io.RawIOBase):
-    """A packed file read as what is in it; what is wrong in it is a ValueError with its name."""
-
-    def __init__(self, file: IO[bytes], path: str, blocks: Iterator[bytes]) -> None:
-        self._file = file
-        self._path = path
-        self._blocks = blocks
-        self._content = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer) -> int:
-        while not self._content:
-            try:
-                self._content = memoryview(next(self._blocks))
-            except StopIteration:
-                return 0
-            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-                raise ValueError(
-                    f"input {self._path} is cut off or damaged ({error}); fetch or pack it again"
-                ) from error
-        count = min(len(buffer), len(self._content))
-        buffer[:count] = self._content[:count]
-        self._content = self._content[count:]
-        return count
-
-
-def _gzip_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    unpacked = gzip.GzipFile(fileobj=file)
-    while content := unpacked.read1(_READ_BYTES):
-        yield content
-
-
-def _zstandard_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    frame = None
-    while packed := file.read(_PACKED_BYTES):
-        while packed:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(packed)
-            packed = b""
-            if frame.eof:
-                packed, frame = frame.unused_data, None
-    if frame is not None:  # zstandard itself takes a cut frame for a short one
-        raise EOFError("it ends inside a frame")
-
-
-_UNPACKERS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
-    ".gz": _gzip_blocks,
-    ".zst": _zstandard_blocks,
-}
+def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []
+    for block in blocks:
+        for piece in io.BytesIO(block):
+            begun.append(piece)
+            if piece.endswith(b"\n"):
+                yield b"".join(begun)
+                begun = []
+    if begun:
+        yield b"".join(begun)

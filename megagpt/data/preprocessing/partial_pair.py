@@ -5,6 +5,7 @@ The journal is what the same command goes on from after an interruption. Next fi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,15 +19,8 @@ import numpy as np
 
 from megagpt.data.indexed.manifest import Source
 from megagpt.data.indexed.writer import IndexedDatasetWriter, WriterState, read_blocks
-from megagpt.data.preprocessing.faults import OnError
 from megagpt.data.preprocessing.progress import Report
-from megagpt.data.preprocessing.shards import (
-    EncodedShard,
-    PartCounts,
-    Shard,
-    lengths_file,
-    tokens_file,
-)
+from megagpt.data.preprocessing.shards import EncodedShard, OnError, PartCounts, Shard, shard_files
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.files import flush_to_disk
 
@@ -143,10 +137,23 @@ class PartialPair:
             self._file.num_documents += counts.num_documents
             _hash_range(part.path, part.begin, part.end, self._hash)
             if part.is_last:
-                self._require_text(part.path, encoded)
+                if not self._file.num_documents:
+                    message = (
+                        f"input {part.path} holds no text; give a file with text or leave it out"
+                    )
+                    if self._on_error == "fail":
+                        raise ValueError(message)
+                    encoded.skipped["file without text"] += 1
+                    self._report(f"left out: {message}")
                 finished.append(Source(part.path, part.end, self._hash.hexdigest()))
         num_blocks = len(self._writer.bin_crc32)
-        self._append_tokens(encoded.number)
+        tokens_file, lengths_file = shard_files(self._writer.directory, encoded.number)
+        for tokens in read_blocks(tokens_file, self._writer.dtype, _COPY_ITEMS):
+            self._writer.add_tokens(tokens)
+        lengths = np.fromfile(lengths_file, dtype="<i4")
+        self._writer.add_lengths(lengths, np.ones(len(lengths), dtype=np.int32))
+        tokens_file.unlink()
+        lengths_file.unlink()
         self._writer.flush()
         record = {
             "writer": dataclasses.asdict(self._writer.state),
@@ -160,25 +167,6 @@ class PartialPair:
             file.write((json.dumps(record) + "\n").encode())
             flush_to_disk(file)
         self._note(record)
-
-    def _require_text(self, path: str, encoded: EncodedShard) -> None:
-        if self._file.num_documents:
-            return
-        message = f"input {path} holds no text; give a file with text or leave it out"
-        if self._on_error == "fail":
-            raise ValueError(message)
-        encoded.skipped["file without text"] += 1
-        self._report(f"left out: {message}")
-
-    def _append_tokens(self, number: int) -> None:
-        tokens_path = tokens_file(self._writer.directory, number)
-        lengths_path = lengths_file(self._writer.directory, number)
-        for tokens in read_blocks(tokens_path, self._writer.dtype, _COPY_ITEMS):
-            self._writer.add_tokens(tokens)
-        lengths = np.fromfile(lengths_path, dtype="<i4")
-        self._writer.add_lengths(lengths, np.ones(len(lengths), dtype=np.int32))
-        tokens_path.unlink()
-        lengths_path.unlink()
 
     def _note(self, record: dict[str, Any]) -> None:
         self.num_shards += 1
@@ -199,15 +187,9 @@ class PartialPair:
 def _read_journal(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a journal; what a killed run wrote half is left out."""
     records: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text().splitlines():
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return records
 
 

@@ -7,7 +7,8 @@ Memory does not grow with the corpus. Imports no torch, so that the command star
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from megagpt.data.indexed.manifest import Manifest, publish_pair, tokenizer_fact
 from megagpt.data.indexed.writer import IndexedDatasetWriter
 from megagpt.data.preprocessing.documents import expand_inputs, read_documents, resolve_format
 from megagpt.data.preprocessing.encoder import DocumentEncoder, compare_with_tokenizer
-from megagpt.data.preprocessing.faults import FaultPolicy
 from megagpt.data.preprocessing.partial_pair import PartialPair, job_identity
 from megagpt.data.preprocessing.progress import Progress, Report
-from megagpt.data.preprocessing.shards import SHARD_BYTES, Shard, plan_shards
-from megagpt.data.preprocessing.workers import EncodingJob, encode_in_order
+from megagpt.data.preprocessing.shards import (
+    NO_TEXT,
+    SHARD_BYTES,
+    EncodingJob,
+    OnError,
+    plan_shards,
+)
+from megagpt.data.preprocessing.workers import encode_in_order
 from megagpt.data.tokenizers.load import load_tokenizer
 from megagpt.data.tokenizers.protocol import Tokenizer
 
@@ -33,7 +39,8 @@ def preprocess(
     file_format: str = "auto",
     json_key: str = "text",
     workers: int = 1,
-    faults: FaultPolicy | None = None,
+    on_error: OnError = "fail",
+    largest_skipped_share: float = 0.01,
     report: Report | None = None,
 ) -> Manifest:
     """Encodes files, in order, into one pair; the bytes do not depend on `workers`.
@@ -45,7 +52,8 @@ def preprocess(
         file_format: `jsonl`, `text`, or `auto` for by suffix.
         json_key: Key of the text in JSONL.
         workers: Processes that encode.
-        faults: What becomes of bad documents; default: the first one stops the job.
+        on_error: `fail` stops at the first bad document, `skip` leaves them out and counts them.
+        largest_skipped_share: With `skip`: share of bad documents above which no pair is made.
         report: Receives lines of progress; default none.
 
     Returns:
@@ -56,25 +64,29 @@ def preprocess(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1; give a positive number")
+    if not 0 <= largest_skipped_share <= 1:
+        raise ValueError(
+            f"largest_skipped_share={largest_skipped_share} must lie between 0 and 1; "
+            "give such a share"
+        )
     report = report or (lambda line: None)
-    paths = expand_inputs(inputs)
-    files = [(path, resolve_format(path, file_format)) for path in paths]
-    faults = faults or FaultPolicy()
+    files = [(path, resolve_format(path, file_format)) for path in expand_inputs(inputs)]
     tokenizer = load_tokenizer(tokenizer_path)
     identify = partial(job_identity, files, tokenizer, json_key=json_key, shard_bytes=SHARD_BYTES)
     identity = identify()
     shards = plan_shards(files, SHARD_BYTES)
     slow_reason = _slow_reason(tokenizer, files[0], json_key, report)
     writer = IndexedDatasetWriter(output_prefix, token_dtype(tokenizer.vocab_size), resume=True)
-    job = EncodingJob(writer.directory, tokenizer.path, slow_reason, json_key, faults.on_error)
+    job = EncodingJob(writer.directory, tokenizer.path, slow_reason, json_key, on_error)
     try:
-        pair = PartialPair(writer, shards, identity, faults.on_error, report)
+        pair = PartialPair(writer, shards, identity, on_error, report)
         done, todo = shards[: pair.num_shards], shards[pair.num_shards :]
-        progress = Progress(_num_bytes(shards), _num_bytes(done), report)
+        total, before = (sum(shard.num_bytes for shard in each) for each in (shards, done))
+        progress = Progress(total, before, report)
         for encoded in encode_in_order(job, todo, workers=min(workers, max(len(todo), 1))):
             pair.append(encoded)
             progress.add(shards[encoded.number].num_bytes)
-        faults.require_acceptable(pair.skipped, writer.num_documents)
+        _require_acceptable(pair.skipped, writer.num_documents, largest_skipped_share)
         if identify() != identity:
             raise ValueError("an input changed while it was read; run again when all are whole")
         manifest = publish_pair(
@@ -98,25 +110,29 @@ def preprocess(
     return manifest
 
 
+def _require_acceptable(skipped: Mapping[str, int], num_documents: int, share: float) -> None:
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+    if num_documents == 0:
+        raise ValueError(f"the input holds no text ({counts}); give files with text")
+    num_bad = sum(count for reason, count in skipped.items() if reason != NO_TEXT)
+    num_all = num_bad + num_documents
+    if num_bad > share * num_all:
+        raise ValueError(
+            f"{num_bad} of {num_all} documents are bad ({counts}), allowed is a share of "
+            f"{share:g}; mend the input or raise --largest_skipped_share"
+        )
+
+
 def _slow_reason(
     tokenizer: Tokenizer, file: tuple[str, str], json_key: str, report: Report
 ) -> str | None:
     """Why the compiled encoder is not used, after trying it on the first documents."""
-    encoder = DocumentEncoder(tokenizer)
-    reason = encoder.slow_reason or compare_with_tokenizer(encoder, _first_texts(file, json_key))
+    encoder, (path, file_format) = DocumentEncoder(tokenizer), file
+    reason = encoder.slow_reason
+    if reason is None:
+        texts = read_documents([path], file_format=file_format, json_key=json_key)
+        with contextlib.suppress(ValueError):  # a bad document, met again and told with its place
+            reason = compare_with_tokenizer(encoder, texts)
     if reason is not None:
         report(f"encoding with {tokenizer.kind} itself, many times slower: {reason}")
     return reason
-
-
-def _first_texts(file: tuple[str, str], json_key: str) -> Iterator[str]:
-    """Documents of a file's beginning, up to the first that is bad."""
-    path, file_format = file
-    try:
-        yield from read_documents([path], file_format=file_format, json_key=json_key)
-    except ValueError:
-        return  # it is met again, and told with its place
-
-
-def _num_bytes(shards: Sequence[Shard]) -> int:
-    return sum(shard.num_bytes for shard in shards)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from megagpt.data.preprocessing.corpus import find_near_duplicates, remove_shared_passages, shingles
 from megagpt.files import file_sha256, write_atomically, write_json
 
 # A comedy to validate on; a comedy and a tragedy to test on. None has a sequel in training.
@@ -23,16 +23,72 @@ HELD_OUT = {
     "twelfth_night_gut.txt": "test",
 }
 SPLITS = ("train", "valid", "test")
+SHINGLE_WORDS = 8
 LARGEST_DUPLICATE_SHARE = 0.05
 # What is left after the passages: runs of stage directions that cross a blank line.
 LARGEST_OVERLAP_SHARE = 0.001
 
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_PASSAGE_BREAK = "\n\n"
 _TEXTS_FOLDER = "shksprdata/texts"
 _GUTENBERG_START = re.compile(r"\A.*^\*\*\* ?START OF TH[^\n]*\n", re.DOTALL | re.MULTILINE)
 _GUTENBERG_END = re.compile(
     r"^(\*\*\* ?END OF TH|End of (the |this )?Project Gutenberg).*\Z", re.DOTALL | re.MULTILINE
 )
 _BYLINE = re.compile(r"^by William Shakespeare\n", re.MULTILINE)
+
+
+def shingles(text: str) -> set[str]:
+    """All runs of SHINGLE_WORDS words, without case and punctuation."""
+    words = _WORD.findall(text.lower())
+    starts = range(len(words) - SHINGLE_WORDS + 1)
+    return {" ".join(words[start : start + SHINGLE_WORDS]) for start in starts}
+
+
+def find_near_duplicates(
+    texts: Mapping[str, str], *, largest_share: float
+) -> dict[str, tuple[str, float]]:
+    """Documents that repeat a longer one.
+
+    Args:
+        texts: Documents by name.
+        largest_share: Share of a document's shingles that it may have in common with a longer one.
+
+    Returns:
+        For each document to drop, the longer document and the share in common.
+    """
+    kept: dict[str, set[str]] = {}
+    dropped: dict[str, tuple[str, float]] = {}
+    for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
+        own = shingles(texts[name])
+        shares = {
+            other: len(own & theirs) / max(len(own), 1)  # a text of under 8 words has none
+            for other, theirs in kept.items()
+        }
+        worst = max(shares, key=lambda other: shares[other], default=None)
+        if worst is not None and shares[worst] > largest_share:
+            dropped[name] = (worst, shares[worst])
+        else:
+            kept[name] = own
+    return dropped
+
+
+def remove_shared_passages(text: str, held_out: Collection[str]) -> tuple[str, list[str]]:
+    """Takes out every passage (between blank lines) that holds a shingle of the held-out text.
+
+    Args:
+        text: A training document.
+        held_out: Shingles of the held-out text.
+
+    Returns:
+        The rest of the text, and the passages taken out.
+    """
+    kept: list[str] = []
+    removed: list[str] = []
+    for passage in text.split(_PASSAGE_BREAK):
+        shared = any(shingle in held_out for shingle in shingles(passage))
+        (removed if shared else kept).append(passage)
+    return _PASSAGE_BREAK.join(kept), removed
 
 
 def read_archive(archive: Path) -> dict[str, str]:
@@ -99,17 +155,22 @@ def prepare(archive: Path, output_dir: Path) -> dict:
         names = [name for name in modern if split_of[name] == split]
         shingles_of[split] = set().union(*(shingles(modern[name]) for name in names))
 
-    overlap = {
-        f"{kept}_{held_out}": _overlap(shingles_of[kept], shingles_of[held_out])
-        for kept, held_out in (("train", "valid"), ("train", "test"), ("valid", "test"))
-    }
-    for pair, measured in overlap.items():
-        if measured["share"] > LARGEST_OVERLAP_SHARE:
+    overlap: dict[str, dict] = {}
+    for kept, held_out in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        shared = sorted(shingles_of[kept] & shingles_of[held_out])
+        share = len(shared) / len(shingles_of[held_out])
+        if share > LARGEST_OVERLAP_SHARE:
             raise ValueError(
-                f"{pair} have {measured['share']:.2%} of the held-out shingles in common, "
+                f"{kept}_{held_out} have {share:.2%} of the held-out shingles in common, "
                 f"allowed is {LARGEST_OVERLAP_SHARE:.2%}; the archive is not the expected one, "
                 "fetch it again"
             )
+        overlap[f"{kept}_{held_out}"] = {
+            "shared_shingles": len(shared),
+            "held_out_shingles": len(shingles_of[held_out]),
+            "share": share,
+            "shared": shared,
+        }
     report = {
         "archive": archive.name,
         "archive_sha256": file_sha256(archive),
@@ -135,13 +196,3 @@ def prepare(archive: Path, output_dir: Path) -> dict:
         write_atomically(output_dir / f"{split}.jsonl", "".join(lines).encode())
     write_json(output_dir / "report.json", report)
     return report
-
-
-def _overlap(kept: set[str], held_out: set[str]) -> dict:
-    shared = sorted(kept & held_out)
-    return {
-        "shared_shingles": len(shared),
-        "held_out_shingles": len(held_out),
-        "share": len(shared) / len(held_out),
-        "shared": shared,
-    }

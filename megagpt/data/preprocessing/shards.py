@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megagpt.data.preprocessing.documents import (
     BadDocument,
@@ -18,11 +19,27 @@ from megagpt.data.preprocessing.documents import (
     split_file,
 )
 from megagpt.data.preprocessing.encoder import DocumentEncoder
-from megagpt.data.preprocessing.faults import NO_TEXT, OnError
 
+OnError = Literal["fail", "skip"]
+"""What a document that cannot be encoded does: end the job, or be left out and counted."""
+NO_TEXT = "no text"
+"""Reason of an empty document, which is no fault."""
 SHARD_BYTES = 16 << 20
 _BATCH_BYTES = 1 << 20
 _LISTED = 10
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """What every process that encodes must know."""
+
+    directory: Path
+    """Where the files of shards go."""
+    tokenizer_path: str
+    slow_reason: str | None
+    """Why the compiled encoder is left out, see `DocumentEncoder`."""
+    json_key: str
+    on_error: OnError
 
 
 @dataclass(frozen=True)
@@ -82,49 +99,29 @@ def plan_shards(files: Sequence[tuple[str, str]], shard_bytes: int = SHARD_BYTES
     return shards
 
 
-def tokens_file(directory: Path, number: int) -> Path:
-    """File of a shard's tokens."""
-    return directory / f"shard_{number:08d}.tokens"
+def shard_files(directory: Path, number: int) -> tuple[Path, Path]:
+    """Files of a shard's tokens, and of its document lengths, int32."""
+    name = f"shard_{number:08d}"
+    return directory / f"{name}.tokens", directory / f"{name}.lengths"
 
 
-def lengths_file(directory: Path, number: int) -> Path:
-    """File of a shard's document lengths, int32."""
-    return directory / f"shard_{number:08d}.lengths"
-
-
-def encode_shard(
-    shard: Shard, directory: Path, encoder: DocumentEncoder, *, json_key: str, on_error: OnError
-) -> EncodedShard:
-    """Encodes a shard into its two files in a folder.
-
-    Args:
-        shard: What to encode.
-        directory: Where its files go.
-        encoder: Of the job's tokenizer.
-        json_key: Key of the text in JSONL.
-        on_error: Whether a bad document ends the shard or is left out.
-
-    Returns:
-        The counts.
+def encode_shard(job: EncodingJob, shard: Shard, encoder: DocumentEncoder) -> EncodedShard:
+    """Encodes a shard into its two files in the job's folder, and counts.
 
     Raises:
         ValueError: If a packed file is damaged.
     """
     result = EncodedShard(shard.number)
-    with (
-        tokens_file(directory, shard.number).open("wb") as tokens_out,
-        lengths_file(directory, shard.number).open("wb") as lengths_out,
-    ):
-        for batch in _batches(_texts(shard, result, json_key, on_error)):
+    tokens_file, lengths_file = shard_files(job.directory, shard.number)
+    with tokens_file.open("wb") as tokens_out, lengths_file.open("wb") as lengths_out:
+        for batch in _batches(_texts(job, shard, result)):
             tokens, lengths = encoder.encode(batch)
             tokens_out.write(tokens.tobytes())
             lengths_out.write(lengths.astype("<i4").tobytes())
     return result
 
 
-def _texts(
-    shard: Shard, result: EncodedShard, json_key: str, on_error: OnError
-) -> Iterator[tuple[str, int]]:
+def _texts(job: EncodingJob, shard: Shard, result: EncodedShard) -> Iterator[tuple[str, int]]:
     """Documents with text and their bytes, counted as they pass."""
     for number, part in enumerate(shard.parts):
         counts = PartCounts()
@@ -132,10 +129,10 @@ def _texts(
         for record in read_records(part):
             counts.num_lines += 1
             try:
-                text = record_text(record, part, json_key, counts.num_lines)
+                text = record_text(record, part, job.json_key)
             except BadDocument as fault:
-                where = (number, fault.line, str(fault))
-                if on_error == "fail":
+                where = (number, counts.num_lines - 1 + fault.line, str(fault))
+                if job.on_error == "fail":
                     result.error = where
                     return
                 result.skipped[fault.reason] += 1

@@ -55,13 +55,7 @@ class BlendedDataset:
 
     def gather(self, indices: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Samples; see `GPTDataset.gather`."""
-        if out is None:
-            out = np.empty((len(indices), self.seq_length + 1), dtype=np.int64)
-        members, samples = self._locate(indices)
-        for member in np.unique(members):
-            rows = np.flatnonzero(members == member)
-            out[rows] = self.datasets[member].gather(samples[rows])
-        return out
+        return _gather(self.datasets, *self._locate(indices), out)
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.asarray(indices, dtype=np.int64)
@@ -99,18 +93,25 @@ class JoinedDataset:
     def __init__(self, datasets: Sequence[GPTDataset]) -> None:
         self.datasets = list(datasets)
         self.seq_length = datasets[0].seq_length
-        self._ends = np.cumsum([len(dataset) for dataset in datasets])
+        self._bounds = np.cumsum([0, *map(len, datasets)])
 
     def __len__(self) -> int:
         """Samples of all members."""
-        return int(self._ends[-1])
+        return int(self._bounds[-1])
 
     def gather(self, indices: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Samples; see `GPTDataset.gather`."""
-        if out is None:
-            out = np.empty((len(indices), self.seq_length + 1), dtype=np.int64)
-        for row, index in zip(out, indices, strict=True):
-            member = int(np.searchsorted(self._ends, index, side="right"))
-            first = int(self._ends[member - 1]) if member else 0
-            row[:] = self.datasets[member].gather([index - first])[0]
-        return out
+        numbers = np.asarray(indices, dtype=np.int64)
+        members = np.searchsorted(self._bounds[1:], numbers, side="right")
+        return _gather(self.datasets, members, numbers - self._bounds[members], out)
+
+
+def _gather(
+    datasets: list[GPTDataset], members: np.ndarray, samples: np.ndarray, out: np.ndarray | None
+) -> np.ndarray:
+    if out is None:
+        out = np.empty((len(members), datasets[0].seq_length + 1), dtype=np.int64)
+    for member in np.unique(members):
+        rows = np.flatnonzero(members == member)
+        out[rows] = datasets[member].gather(samples[rows])
+    return out

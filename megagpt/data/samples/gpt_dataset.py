@@ -7,15 +7,16 @@ run keeps what it has seen (`order.py`). Which rank takes which sample is the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megagpt.data.indexed.dataset import IndexedDataset, bin_path, dtype_code
 from megagpt.data.native import address, load_native
-from megagpt.data.samples.index_cache import IndexCache, pair_identity
+from megagpt.data.samples.index_cache import cached_index, pair_identity
 from megagpt.data.samples.order import SAMPLES_PER_MARK, SampleIndex, epoch_index, megatron_index
 
 PAD = -1
@@ -46,7 +47,7 @@ class GPTDataset:
         seed: Seed of the order.
         shuffle: Training order (endless epochs) or evaluation order.
         name: Split, for messages.
-        cache: Where indices are kept; default: in memory only.
+        cache: Folder where indices are kept; None: in memory only.
         vocab_size: Bound of the tokens; None knows none.
         megatron: Replay Megatron's order; None: our own.
 
@@ -64,7 +65,7 @@ class GPTDataset:
         seed: int,
         shuffle: bool = True,
         name: str = "train",
-        cache: IndexCache | None = None,
+        cache: Path | None = None,
         vocab_size: int | None = None,
         megatron: MegatronOrder | None = None,
     ) -> None:
@@ -74,8 +75,7 @@ class GPTDataset:
         self.seed = seed
         self.shuffle = shuffle
         self.vocab_size = vocab_size
-        self._cache = cache or IndexCache(None)
-        self._identity: dict[str, Any] | None = None
+        self._cache = cache
         self.megatron = megatron
         self.sequences = (
             megatron.sequences
@@ -93,6 +93,16 @@ class GPTDataset:
             )
         whole, rest = divmod(self.num_tokens - 1, seq_length)
         self.samples_per_epoch = whole if shuffle else whole + (rest > 0)
+        # All that the order depends on, but the epoch.
+        self._order_key: dict[str, Any] = {
+            "data": pair_identity(indexed),
+            "documents": [documents.start, documents.stop],
+            "sequences": [self.sequences.start, self.sequences.stop],
+            "seq_length": seq_length,
+            "seed": seed,
+            "shuffle": shuffle,
+            "megatron_samples": megatron.num_samples if megatron else None,
+        }
         self._epochs: dict[int, SampleIndex] = {}
         self._epoch(0)  # a damaged index is found before training
         if megatron is not None:
@@ -101,10 +111,6 @@ class GPTDataset:
     def __len__(self) -> int:
         """Samples of one epoch; in training order higher indices go on into the next epochs."""
         return self.samples_per_epoch
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """The samples of the first epoch."""
-        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> np.ndarray:
         """One sample: [seq_length + 1], int64; see `gather`."""
@@ -239,8 +245,9 @@ class GPTDataset:
             num_samples = self.megatron.num_samples if self.megatron else self.samples_per_epoch
             # A batch may straddle two epochs; older ones are not needed again.
             self._epochs = {n: order for n, order in self._epochs.items() if n == number - 1}
-            self._epochs[number] = self._cache.get(
-                {**self._order_key(), "epoch": number},
+            self._epochs[number] = cached_index(
+                self._cache,
+                {**self._order_key, "epoch": number},
                 lambda: self._build_epoch(number),
                 num_bytes=4 * (len(self.sequences) + num_samples),
             )
@@ -263,17 +270,3 @@ class GPTDataset:
             epoch=number,
             shuffle=self.shuffle,
         )
-
-    def _order_key(self) -> dict[str, Any]:
-        """All that the order depends on, but the epoch."""
-        if self._identity is None:
-            self._identity = pair_identity(self.indexed)
-        return {
-            "data": self._identity,
-            "documents": [self.documents.start, self.documents.stop],
-            "sequences": [self.sequences.start, self.sequences.stop],
-            "seq_length": self.seq_length,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "megatron_samples": self.megatron.num_samples if self.megatron else None,
-        }

@@ -29,56 +29,48 @@ from megagpt.files import file_sha256, flush_to_disk
 _VERSION = 1
 _TEMPORARY = ".tmp"
 _LEFT_SECONDS = 24 * 3600  # what is older, a killed process left
-_ARRAYS = ("sequences", "order", "marks")
 # A smaller index is built in about the time that it takes to open one.
 SMALLEST_CACHED_BYTES = 1 << 20
 
 logger = logging.getLogger("megagpt")
 
 
-class IndexCache:
-    """A folder of sample indices.
+def cached_index(
+    directory: Path | None,
+    key: dict[str, Any],
+    build: Callable[[], SampleIndex],
+    *,
+    num_bytes: int,
+) -> SampleIndex:
+    """The index of a key, from disk or built; one process of a node builds, others wait.
 
     Args:
-        directory: The folder, made when it is needed; None builds every index in memory.
+        directory: Folder of indices, made when it is needed; None builds every index in memory.
+        key: Everything that the index depends on.
+        build: Makes it.
+        num_bytes: About how large it is; a small one is always built.
     """
-
-    def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
-
-    def get(
-        self, key: dict[str, Any], build: Callable[[], SampleIndex], *, num_bytes: int
-    ) -> SampleIndex:
-        """The index of a key, from disk or built; one process of a node builds, others wait.
-
-        Args:
-            key: Everything that the index depends on.
-            build: Makes it.
-            num_bytes: About how large it is; a small one is always built.
-        """
-        if self.directory is None or num_bytes < SMALLEST_CACHED_BYTES:
-            return build()
-        text = json.dumps({"version": _VERSION, **key}, sort_keys=True)
-        entry = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
-        found = _open_entry(entry)
-        if found is not None:
-            return found
-        try:
-            with _locked(self.directory):
-                found = _open_entry(entry)
-                if found is not None:
-                    return found
-                index = build()
-                _write_entry(entry, index, text)
-                return _open_entry(entry) or index
-        except OSError as error:
-            logger.warning(
-                "warning: %s cannot keep the sample index (%s), so each process builds its own; "
-                "name a folder of this node with --data.index_cache",
-                self.directory,
-                error.strerror or error,
-            )
-            return build()
+    if directory is None or num_bytes < SMALLEST_CACHED_BYTES:
+        return build()
+    text = json.dumps({"version": _VERSION, **key}, sort_keys=True)
+    entry = directory / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if found := _open_entry(entry):
+        return found
+    try:
+        with _locked(directory):
+            if found := _open_entry(entry):
+                return found
+            index = build()
+            _write_entry(entry, index, text)
+            return _open_entry(entry) or index
+    except OSError as error:
+        logger.warning(
+            "warning: %s cannot keep the sample index (%s), so each process builds its own; "
+            "name a folder of this node with --data.index_cache",
+            directory,
+            error.strerror or error,
+        )
+        return build()
 
 
 def pair_identity(indexed: IndexedDataset) -> dict[str, Any]:
@@ -102,10 +94,9 @@ def _locked(directory: Path) -> Iterator[None]:
             if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     with (directory / "lock").open("w") as lock:
-        try:
+        # On a file system without locks several may build, and the rename decides.
+        with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: several may build, and the rename decides
         yield
 
 
@@ -115,13 +106,10 @@ def _open_entry(entry: Path) -> SampleIndex | None:
         return None
     try:
         index = SampleIndex(
-            **{
-                name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in _ARRAYS
-            }
+            *(np.load(entry / f"{name}.npy", mmap_mode="r") for name in SampleIndex._fields)
         )
         shapes = json.loads((entry / "shapes.json").read_text())
-        if shapes == _shapes(index) and all(a.dtype == np.uint32 for a in _arrays(index)):
+        if shapes == _shapes(index) and all(a.dtype == np.uint32 for a in index):
             return index
         reason = "of another form"
     except (OSError, ValueError, EOFError) as error:
@@ -131,12 +119,8 @@ def _open_entry(entry: Path) -> SampleIndex | None:
     return None
 
 
-def _arrays(index: SampleIndex) -> list[np.ndarray]:
-    return [getattr(index, name) for name in _ARRAYS]
-
-
 def _shapes(index: SampleIndex) -> list[list[int]]:
-    return [list(array.shape) for array in _arrays(index)]
+    return [list(array.shape) for array in index]
 
 
 def _write_entry(entry: Path, index: SampleIndex, key: str) -> None:
@@ -148,9 +132,9 @@ def _write_entry(entry: Path, index: SampleIndex, key: str) -> None:
     try:
         (temporary / "key.json").write_text(key + "\n")
         (temporary / "shapes.json").write_text(json.dumps(_shapes(index)) + "\n")
-        for name, array in zip(_ARRAYS, _arrays(index), strict=True):
+        for name, array in index._asdict().items():
             with (temporary / f"{name}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+                np.save(file, array)
                 flush_to_disk(file)
         try:
             temporary.rename(entry)

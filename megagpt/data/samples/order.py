@@ -7,7 +7,7 @@ then the samples are shuffled. Next file: `gpt_dataset.py`, which reads the toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import PCG64, RandomState, SeedSequence
@@ -18,8 +18,7 @@ SAMPLES_PER_MARK = 16
 _LARGEST = 2**32 - 1
 
 
-@dataclass(frozen=True)
-class SampleIndex:
+class SampleIndex(NamedTuple):
     """Where samples begin: 4.5 bytes a sample and 4 a sequence.
 
     Sample i is the order[i]-th of the stream. It is found from the mark before it by walking over
@@ -33,11 +32,6 @@ class SampleIndex:
     marks: np.ndarray
     """[m, 2], uint32: for each SAMPLES_PER_MARK-th sample of the stream its place in `sequences`,
     and the tokens skipped there."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all three."""
-        return self.sequences.nbytes + self.order.nbytes + self.marks.nbytes
 
 
 def epoch_index(

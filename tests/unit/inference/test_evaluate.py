@@ -11,7 +11,7 @@ import torch
 from megagpt.config.schema import Config, DataConfig, ModelConfig
 from megagpt.data.preprocessing.preprocess import preprocess
 from megagpt.data.tokenizers.byte import ByteTokenizer
-from megagpt.inference.evaluate import SplitText, evaluate, read_split, total_loss
+from megagpt.inference.evaluate import evaluate, read_split
 from megagpt.inference.load import build_model
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import VOCABULARY_WEIGHTS, initialize
@@ -76,17 +76,17 @@ def direct_nats(model, tokens, stride):
 def test_every_token_is_scored_once_with_the_context_of_its_window(model, stride, num_tokens):
     tokens = all_tokens()[:num_tokens]
     assert len(tokens) == num_tokens
-    nats = total_loss(model, tokens, eod=256, stride=stride, batch_size=3)
+    loss = evaluate(model, tokens, 1, eod=256, stride=stride, batch_size=3).loss
     # float32 logits of another order of summation
-    assert nats == pytest.approx(direct_nats(model, tokens, stride), rel=1e-5)
+    assert loss * num_tokens == pytest.approx(direct_nats(model, tokens, stride), rel=1e-5)
 
 
 def test_bits_per_byte_counts_utf8_bytes_and_ends_of_documents(model, prefix):
-    text = read_split(DataConfig(train_path=prefix, test_path=prefix), "test", TOKENIZER)
-    text_bytes = sum(len(t.encode()) for t in TEXTS)
-    assert text.text_bytes == text_bytes
-    assert text.tokens.tolist() == all_tokens().tolist()
-    evaluation = evaluate(model, text, eod=256, stride=4)
+    data = DataConfig(train_path=prefix, test_path=prefix)
+    tokens, text_bytes = read_split(data, "test", TOKENIZER)
+    assert text_bytes == sum(len(t.encode()) for t in TEXTS)
+    assert tokens.tolist() == all_tokens().tolist()
+    evaluation = evaluate(model, tokens, text_bytes, eod=256, stride=4)
     nats = direct_nats(model, all_tokens(), 4)
     assert evaluation.num_tokens == text_bytes + len(TEXTS)
     assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
@@ -105,17 +105,17 @@ def saved_weights(model):
 def test_uniform_model_costs_log_v_a_token(model):
     config = dataclasses.replace(SHAPE, tie_embeddings=False)
     weights = {n: torch.zeros_like(p) for n, p in saved_weights(GPTModel(config)).items()}
-    uniform = build_model(Config(model=config), weights, device=torch.device("cpu"))
-    evaluation = evaluate(uniform, SplitText(all_tokens(), 39), eod=256, stride=4)
+    uniform = build_model(Config(model=config), weights)
+    evaluation = evaluate(uniform, all_tokens(), 39, eod=256, stride=4)
     assert evaluation.loss == pytest.approx(math.log(257), rel=1e-6)
 
 
 def test_a_share_of_one_pair_has_its_own_bytes(prefix):
     data = DataConfig(path=prefix, split="1,1,1")
     for split, text in zip(("train", "valid", "test"), TEXTS, strict=True):
-        read = read_split(data, split, TOKENIZER)
-        assert read.tokens.tolist() == [*text.encode(), 256]
-        assert read.text_bytes == len(text.encode())
+        tokens, text_bytes = read_split(data, split, TOKENIZER)
+        assert tokens.tolist() == [*text.encode(), 256]
+        assert text_bytes == len(text.encode())
 
 
 def test_wrong_requests_are_refused_in_one_line(model, prefix):
@@ -129,19 +129,19 @@ def test_wrong_requests_are_refused_in_one_line(model, prefix):
         read_split(DataConfig(train_path=prefix), "train", other)
     for stride in (0, 9):
         with pytest.raises(ValueError, match=f"stride={stride}"):
-            total_loss(model, all_tokens(), eod=256, stride=stride)
+            evaluate(model, all_tokens(), 1, eod=256, stride=stride)
 
 
 def test_build_model_takes_exactly_the_weights_of_the_configuration(model):
     config = Config(model=SHAPE)
     weights = saved_weights(model)
-    built = build_model(config, weights, device=torch.device("cpu"))
+    built = build_model(config, weights)
     tokens = torch.arange(8)[None]
     torch.testing.assert_close(built.logits(tokens), model.logits(tokens), rtol=0, atol=0)
     assert not built.training
     with pytest.raises(ValueError, match="final_norm.weight"):
         bad = weights | {"final_norm.weight": torch.ones(5)}
-        build_model(config, bad, device=torch.device("cpu"))
+        build_model(config, bad)
     with pytest.raises(ValueError, match="extra.weight"):
         bad = weights | {"extra.weight": torch.ones(5)}
-        build_model(config, bad, device=torch.device("cpu"))
+        build_model(config, bad)

@@ -90,7 +90,7 @@ def edit(folder, **values):
 
 def logits(checkpoint, tokens):
     state, weights = load_weights(checkpoint)
-    return build_model(state.config, weights, device=torch.device("cpu")).logits(tokens)
+    return build_model(state.config, weights).logits(tokens)
 
 
 def their_logits(folder, tokens):

@@ -46,7 +46,7 @@ def test_round_trip_in_every_dtype(tmp_path, dtype):
     read = IndexedDataset(tmp_path / "a")
     assert read.dtype == np.dtype(dtype)
     assert [read.document(i).tolist() for i in range(read.num_documents)] == documents
-    assert [read[i].tolist() for i in range(len(read))] == [[1, 2, 3], [127], [4, 5]]
+    assert [read[i].tolist() for i in range(read.num_sequences)] == [[1, 2, 3], [127], [4, 5]]
     assert read.document_offsets().tolist() == [0, 3, 3, 4, 6]
     assert read.num_tokens == 6
 
@@ -63,7 +63,7 @@ def test_documents_of_several_sequences_as_megatron_writes_them(tmp_path):
 def test_no_documents(tmp_path):
     write(tmp_path / "a", [])
     read = IndexedDataset(tmp_path / "a")
-    assert (read.num_tokens, read.num_documents, len(read)) == (0, 0, 0)
+    assert (read.num_tokens, read.num_documents, read.num_sequences) == (0, 0, 0)
 
 
 def test_type_is_megatrons_for_the_vocabulary():
@@ -140,7 +140,8 @@ def test_checksums_are_of_each_block_of_bin_and_the_hash_is_of_idx(tmp_path, mon
         writer.rewind(state, blocks)
     for document in documents[2:]:
         writer.add_document(document)
-    writer.finish()
+    writer.seal()
+    writer.publish()
     content = (tmp_path / "a.bin").read_bytes()
     assert writer.bin_crc32 == [zlib.crc32(content[i : i + 10]) for i in range(0, 28, 10)]
     assert writer.idx_sha256 == hashlib.sha256((tmp_path / "a.idx").read_bytes()).hexdigest()

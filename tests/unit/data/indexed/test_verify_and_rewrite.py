@@ -98,7 +98,7 @@ def test_merge_keeps_documents_of_several_sequences_and_none(tmp_path):
     merged = merge([tmp_path / "a", tmp_path / "a"], tmp_path / "b")
     documents = [merged.document(i).tolist() for i in range(merged.num_documents)]
     assert documents == [[0, 1, 2, 3], [], [4, 5, 6]] * 2
-    assert len(merged) == 6 and not manifest_path(tmp_path / "b").exists()
+    assert merged.num_sequences == 6 and not manifest_path(tmp_path / "b").exists()
 
 
 def test_pairs_that_do_not_fit_together_are_refused(pair, tmp_path):

@@ -5,8 +5,6 @@ import json
 import pytest
 from encoding_jobs import encode, write_jsonl
 
-from megagpt.data.preprocessing.faults import FaultPolicy
-
 
 def test_skip_leaves_bad_documents_out_and_counts_them_by_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("megagpt.data.preprocessing.preprocess.SHARD_BYTES", 200)
@@ -16,8 +14,13 @@ def test_skip_leaves_bad_documents_out_and_counts_them_by_reason(tmp_path, monke
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"\n".join(lines))
     said: list[str] = []
-    policy = FaultPolicy("skip", largest_skipped_share=0.1)
-    manifest = encode(source, tmp_path / "out", faults=policy, report=said.append)
+    manifest = encode(
+        source,
+        tmp_path / "out",
+        on_error="skip",
+        largest_skipped_share=0.1,
+        report=said.append,
+    )
     assert manifest.num_documents == 60
     assert manifest.skipped == {
         "invalid JSON": 1,
@@ -32,12 +35,12 @@ def test_skip_leaves_bad_documents_out_and_counts_them_by_reason(tmp_path, monke
     assert len(places) == 6 and f"{source}:31: invalid JSON" in places[0]
     assert f"{source}:36: list instead" in places[-1]
     with pytest.raises(ValueError, match=r"6 of 66 documents are bad .*allowed is a share of 0.05"):
-        encode(source, tmp_path / "other", faults=FaultPolicy("skip", 0.05))
+        encode(source, tmp_path / "other", on_error="skip", largest_skipped_share=0.05)
     assert not list(tmp_path.glob("other.bin"))
 
 
 def test_all_documents_empty_is_an_error_under_skip_too(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["", " "])
     with pytest.raises(ValueError, match="the input holds no text"):
-        encode(source, tmp_path / "out", faults=FaultPolicy("skip"))
+        encode(source, tmp_path / "out", on_error="skip")
     assert list(tmp_path.iterdir()) == [source]

@@ -14,7 +14,6 @@ from encoding_jobs import COMMAND, ROOT, encode, run_tool, write_jsonl
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.indexed.verify import verify
-from megagpt.data.preprocessing.faults import FaultPolicy
 
 
 def test_failed_write_is_one_line_and_the_older_pair_stays(tmp_path):
@@ -94,8 +93,8 @@ def test_changed_input_begins_anew(tmp_path, monkeypatch):
         encode(source, tmp_path / "out", report=said.append)
     assert "the same command goes on from there" in said[-1]
     # Skipping is no other job; other text is.
-    policy = FaultPolicy("skip", 1.0)
-    assert encode(source, tmp_path / "out", faults=policy, report=said.append).num_documents == 50
+    skip = {"on_error": "skip", "largest_skipped_share": 1.0}
+    assert encode(source, tmp_path / "out", **skip, report=said.append).num_documents == 50
     assert any(line.startswith("going on from") for line in said)
     with pytest.raises(ValueError, match="a.jsonl:51"):
         encode(source, tmp_path / "out")

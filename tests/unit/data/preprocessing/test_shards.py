@@ -16,7 +16,9 @@ def test_every_line_is_in_one_shard_wherever_the_cuts_fall(tmp_path, monkeypatch
         monkeypatch.setattr("megagpt.data.preprocessing.preprocess.SHARD_BYTES", size)
         encode(source, tmp_path / "out")
         read = IndexedDataset(tmp_path / "out")
-        found = [bytes(read.document(i)[:-1].astype("u1")).decode() for i in range(len(read))]
+        found = [
+            bytes(read.document(i)[:-1].astype("u1")).decode() for i in range(read.num_documents)
+        ]
         assert found == texts
 
 

@@ -16,7 +16,7 @@ from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.writer import IndexedDatasetWriter
 from megagpt.data.samples import index_cache
 from megagpt.data.samples.gpt_dataset import GPTDataset, MegatronOrder
-from megagpt.data.samples.index_cache import IndexCache
+from megagpt.data.samples.index_cache import cached_index
 from megagpt.data.samples.order import SampleIndex, epoch_index
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -44,7 +44,7 @@ def prefix(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path):
-    return IndexCache(tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 def build(prefix, cache, seed=1, **options):
@@ -59,7 +59,7 @@ def epochs(dataset, count=1):
 
 
 def entries(cache):
-    return sorted(path for path in cache.directory.iterdir() if path.is_dir())
+    return sorted(path for path in cache.iterdir() if path.is_dir())
 
 
 def some_index():
@@ -68,7 +68,7 @@ def some_index():
 
 
 def get(cache, build):
-    return cache.get({"data": "a"}, build, num_bytes=1)
+    return cached_index(cache, {"data": "a"}, build, num_bytes=1)
 
 
 def never():
@@ -222,11 +222,11 @@ def test_a_file_in_the_place_of_an_entry_warns(cache, caplog):
 
 def test_a_folder_that_cannot_be_written_warns_and_goes_on_in_memory(prefix, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    cache = IndexCache(tmp_path / "file" / "cache")
+    cache = tmp_path / "file" / "cache"
     with caplog.at_level(logging.WARNING, "megagpt"):
         assert epochs(build(prefix, cache)) == epochs(build(prefix, None))
     (record,) = caplog.records
-    assert f"{cache.directory} cannot keep the sample index" in record.message
+    assert f"{cache} cannot keep the sample index" in record.message
     assert "--data.index_cache" in record.message and "\n" not in record.message
 
 
@@ -242,10 +242,10 @@ def test_an_error_of_the_data_is_not_taken_for_one_of_the_cache(cache):
 def test_small_indices_are_not_kept(prefix, cache, monkeypatch):
     monkeypatch.setattr(index_cache, "SMALLEST_CACHED_BYTES", 1000)
     build(prefix, cache)
-    cache.get({"data": "a"}, some_index, num_bytes=999)
-    assert not cache.directory.exists()
-    assert_equal(cache.get({"data": "a"}, some_index, num_bytes=1000), some_index())
-    assert_equal(cache.get({"data": "a"}, never, num_bytes=1000), some_index())
+    cached_index(cache, {"data": "a"}, some_index, num_bytes=999)
+    assert not cache.exists()
+    assert_equal(cached_index(cache, {"data": "a"}, some_index, num_bytes=1000), some_index())
+    assert_equal(cached_index(cache, {"data": "a"}, never, num_bytes=1000), some_index())
 
 
 PROCESS = """
@@ -266,7 +266,7 @@ def build():
 own.touch()
 while not other.exists():
     time.sleep(0.001)
-index = index_cache.IndexCache(folder / "cache").get({"a": 1}, build, num_bytes=1)
+index = index_cache.cached_index(folder / "cache", {"a": 1}, build, num_bytes=1)
 print(index.sequences.sum(), index.order.sum(), index.marks.sum())
 """
 

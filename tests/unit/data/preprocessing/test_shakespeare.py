@@ -7,8 +7,12 @@ import tarfile
 
 import pytest
 
-from megagpt.data.preprocessing.corpus import find_near_duplicates, remove_shared_passages, shingles
-from megagpt.data.preprocessing.shakespeare import prepare
+from megagpt.data.preprocessing.shakespeare import (
+    find_near_duplicates,
+    prepare,
+    remove_shared_passages,
+    shingles,
+)
 
 
 def passages(seed, count):
