@@ -22,8 +22,7 @@ from megagpt.config.deepspeed_keys import (
     matches_kind,
 )
 from megagpt.config.dotted_keys import did_you_mean, leaves
-from megagpt.config.refusals import find_problems
-from megagpt.config.rule import Device, Facts
+from megagpt.config.refusals import Device, Facts, find_problems
 from megagpt.config.schema import Config
 
 DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}

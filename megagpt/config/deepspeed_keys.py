@@ -222,10 +222,6 @@ REFUSED_KEYS: dict[str, str] = {
 }
 """Keys that DeepSpeed knows or knew and megagpt refuses, with reason and remedy."""
 
-STAGE3_KEYS = ("stage3_", "zero_hpz_", "zero_quantized_")
-"""Beginnings of zero_optimization keys that have an effect under stage 3 only."""
-
-
 _KINDS: dict[str, tuple[Any, str]] = {
     "int": ((int, float), "a whole number"),
     "number": ((int, float), "a number"),
