@@ -193,9 +193,7 @@ class _Resolver:
         """The value at a dotted path, None if it is absent."""
         section: Any = self.values
         for name in path.split("."):
-            if not isinstance(section, dict):
-                return None
-            section = section.get(name)
+            section = section.get(name) if isinstance(section, dict) else None
         return section
 
     def fill(

@@ -231,10 +231,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def matches_kind(value: Any, kind: Kind) -> bool:
-    """Whether a JSON value fits a kind; `"auto"` is looked at elsewhere."""
-    if isinstance(kind, dict):
-        return isinstance(value, dict)
+def matches_kind(value: Any, kind: str | tuple[Any, ...]) -> bool:
+    """Whether a JSON value fits a kind; `"auto"` and sections are looked at elsewhere."""
     if isinstance(value, bool) and kind != "bool":
         return False
     if isinstance(kind, tuple):
@@ -243,10 +241,8 @@ def matches_kind(value: Any, kind: Kind) -> bool:
     return isinstance(value, _KINDS[kind][0]) and (kind != "int" or float(value).is_integer())
 
 
-def describe_kind(kind: Kind) -> str:
+def describe_kind(kind: str | tuple[Any, ...]) -> str:
     """What to write for a kind, in words."""
-    if isinstance(kind, dict):
-        return "an object"
     if isinstance(kind, tuple):
         return "one of " + ", ".join(map(str, kind))
     return _KINDS[kind][1]
