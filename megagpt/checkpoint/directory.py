@@ -46,11 +46,6 @@ def staging_directory(target: Path) -> Path:
     return target.with_name(f".staging_{target.name}")
 
 
-def _replaced_directory(target: Path) -> Path:
-    """Where a step is put when it is written anew."""
-    return target.with_name(f"{_REPLACED}{target.name}")
-
-
 def complete_steps(checkpoints: Path) -> dict[int, Path]:
     """Step folders that have a manifest, by step, in order."""
     steps = {}
@@ -183,7 +178,7 @@ def write_latest(checkpoints: Path, step: int, sha256: str) -> None:
 def publish(staging: Path, target: Path) -> None:
     """Makes a staged step appear; one that is there under its name goes when the new one is in."""
     sync_directory(staging)
-    replaced = _replaced_directory(target)
+    replaced = target.with_name(f"{_REPLACED}{target.name}")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)

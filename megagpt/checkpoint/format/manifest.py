@@ -22,7 +22,7 @@ from megagpt.checkpoint.format.shard_file import (
     FileRecord,
 )
 from megagpt.checkpoint.format.slices import Slice, is_partition
-from megagpt.config.command_line import config_from_dict, config_to_dict
+from megagpt.config.command_line import config_from_dict
 from megagpt.config.schema import Config
 from megagpt.files import write_atomically
 
@@ -225,7 +225,6 @@ def _verified(content: bytes, path: Path) -> dict[str, Any]:
 
 def _encode(manifest: CheckpointManifest) -> str:
     """One line for each tensor and file, so that a person can read it."""
-    state = dataclasses.asdict(manifest.state) | {"config": config_to_dict(manifest.state.config)}
     head = {
         "format": FORMAT,
         "sha256": _NO_DIGEST,
@@ -234,7 +233,7 @@ def _encode(manifest: CheckpointManifest) -> str:
         "line": manifest.line,
         "versions": dict(manifest.versions),
         "layout": dataclasses.asdict(manifest.layout),
-        "state": state,
+        "state": dataclasses.asdict(manifest.state),
         "block_bytes": BLOCK_BYTES,
     }
     tensors = {

@@ -135,9 +135,7 @@ class Overlap(NamedTuple):
 
 def overlaps(target: Slice, source: Slice) -> list[Overlap]:
     """What two slices of one tensor share, as rectangles."""
-    if min(target.rows[1], source.rows[1]) <= max(target.rows[0], source.rows[0]) or min(
-        target.columns[1], source.columns[1]
-    ) <= max(target.columns[0], source.columns[0]):
+    if not _meet((target.rows, target.columns), (source.rows, source.columns)):
         return []
     shared = []
     for a in target.rectangles():
