@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,11 @@ class TensorRecord:
     """Of the whole tensor, without the padding of the vocabulary."""
     pieces: tuple[Piece, ...]
     """In the order of the shards; together they are the tensor, each element once."""
+
+    @property
+    def num_elements(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,24 @@ class FileRecord:
     """Which hash, of HASHES."""
 
 
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], **more: Any
+) -> bytes:
+    """What a file begins with.
+
+    Args:
+        tensors: (type in safetensors' words, shape, bytes) by name, in the order of the file.
+        more: Further entries, which stand first.
+    """
+    header, offset = more, 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class ShardWriter:
     """Writes the tensors of a file in the order of its header.
 
@@ -76,19 +95,16 @@ class ShardWriter:
         self._hash = HASHES[_WRITTEN]()
         self._num_bytes = 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        header, offset = {}, 0
-        for name, (shape, dtype) in tensors.items():
-            end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        entries = {
+            name: (_NAMES[dtype], shape, dtype.itemsize * math.prod(shape))
+            for name, (shape, dtype) in tensors.items()
+        }
         try:
-            self._write(memoryview(len(text).to_bytes(8, "little") + text))
+            self._write(memoryview(safetensors_header(entries)))
         except BaseException:
             self.abandon()
             raise
-        self._expected_bytes = self._num_bytes + offset
+        self._expected_bytes = self._num_bytes + sum(size for *_, size in entries.values())
 
     def write(self, values: np.ndarray) -> None:
         """Appends a tensor or a part of one; its memory may change when this returns."""
