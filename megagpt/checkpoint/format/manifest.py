@@ -208,9 +208,7 @@ def read_links(directory: Path) -> Links | None:
             for _ in range(_HEAD_LINES):
                 text = file.readline(_MAX_LINE_BYTES).decode().strip("{, \n")
                 values |= json.loads(f"{{{text}}}")
-        line = tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"])
-        previous = None if values["previous"] is None else str(values["previous"])
-        return Links(str(values["sha256"]), str(values["created"]), previous, line)
+        return _decode_links(values)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -281,30 +279,26 @@ def _decode(values: dict[str, Any]) -> CheckpointManifest:
         tensors=tensors,
         files={name: _decode_file(entry) for name, entry in values["files"].items()},
         versions=values["versions"],
-        created=values["created"],
-        previous=values["previous"],
-        line=tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"]),
-        sha256=values["sha256"],
+        **_decode_links(values)._asdict(),
     )
+
+
+def _decode_links(values: dict[str, Any]) -> Links:
+    line = tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"])
+    previous = None if values["previous"] is None else str(values["previous"])
+    return Links(str(values["sha256"]), str(values["created"]), previous, line)
 
 
 def _decode_tensor(entry: dict[str, Any]) -> TensorRecord:
-    pieces = tuple(
-        Piece(
-            _whole_number(p["shard"]),
-            Slice(
-                _pair(p["rows"]),
-                _pair(p["columns"]),
-                _whole_number(p["start"]),
-                _whole_number(p["end"]),
-            ),
-        )
-        for p in entry["pieces"]
-    )
+    pieces = []
+    for p in entry["pieces"]:
+        rows, columns = _pair(p["rows"]), _pair(p["columns"])
+        part = Slice(rows, columns, _whole_number(p["start"]), _whole_number(p["end"]))
+        pieces.append(Piece(_whole_number(p["shard"]), part))
     shape = tuple(_whole_number(size) for size in entry["shape"])
     if not 1 <= len(shape) <= 2 or entry["dtype"] != "F32":
         raise TypeError(f"shape {list(shape)} of {entry['dtype']}")
-    return TensorRecord(shape, pieces)
+    return TensorRecord(shape, tuple(pieces))
 
 
 def _decode_file(entry: dict[str, Any]) -> FileRecord:

@@ -105,8 +105,7 @@ class CheckpointReader:
 
     def extra(self, shard: int, name: str) -> np.ndarray | None:
         """What a rank keeps beside the parameters; None if it keeps none of the name."""
-        file = self._file(optimizer_file(shard))
-        return file.read(name) if name in file.names() else None
+        return self._file(optimizer_file(shard)).read(name)
 
     def _file(self, name: str) -> ShardReader:
         file = self._files.pop(name, None)

@@ -214,10 +214,6 @@ class ShardReader:
         """Closes the file."""
         os.close(self._descriptor)
 
-    def names(self) -> list[str]:
-        """Tensors of the file."""
-        return list(self._tensors)
-
     def read_into(self, name: str, first: int, target: np.ndarray) -> None:
         """Reads consecutive elements of a tensor.
 
@@ -227,9 +223,11 @@ class ShardReader:
             target: [elements], contiguous, of the tensor's type.
 
         Raises:
-            DamagedCheckpoint: If a block is not the one that was written.
+            DamagedCheckpoint: If there is none, or a block is not the one that was written.
         """
-        begin, end, dtype = self._place(name)
+        if name not in self._tensors:
+            raise DamagedCheckpoint(f"{self.path} has no tensor {name}")
+        begin, end, dtype = self._tensors[name]
         assert target.flags.c_contiguous
         if target.dtype != dtype:
             raise DamagedCheckpoint(f"{self.path}: {name} is of another type than asked for")
@@ -238,9 +236,11 @@ class ShardReader:
             raise DamagedCheckpoint(f"{self.path}: {name} is shorter than its manifest says")
         self._read_verified(begin, target.data.cast("B"))
 
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor, flat."""
-        begin, end, dtype = self._place(name)
+    def read(self, name: str) -> np.ndarray | None:
+        """A whole tensor, flat; None if the file has none of the name."""
+        if name not in self._tensors:
+            return None
+        begin, end, dtype = self._tensors[name]
         values = np.empty((end - begin) // dtype.itemsize, dtype)
         self.read_into(name, 0, values)
         return values
@@ -252,12 +252,6 @@ class ShardReader:
                 self._read_block(number)
             except DamagedCheckpoint as error:
                 yield str(error)
-
-    def _place(self, name: str) -> tuple[int, int, np.dtype]:
-        place = self._tensors.get(name)
-        if place is None:
-            raise DamagedCheckpoint(f"{self.path} has no tensor {name}")
-        return place
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[int, int, np.dtype]]:
