@@ -55,12 +55,7 @@ class Shard(NamedTuple):
 
 
 class Committer:
-    """Takes the folder of a run's checkpoints, and makes steps in it; of rank 0 alone.
-
-    Args:
-        checkpoints: Is made, if it is not there.
-        layout: Of the ranks, as the manifest tells it.
-        config: How many steps to keep.
+    """Takes the folder of a run's checkpoints, or makes it, and makes steps in it; of rank 0 alone.
 
     Raises:
         ValueError: If a live process of this host has the folder.
@@ -97,10 +92,6 @@ class Committer:
 
     def commit(self, state: CheckpointState, shards: list[Shard]) -> None:
         """Makes the staged step one that counts, and removes those that retention lets go.
-
-        Args:
-            state: Of the run.
-            shards: By rank.
 
         Raises:
             ValueError: If the parts do not make up the tensors.

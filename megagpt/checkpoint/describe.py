@@ -88,13 +88,7 @@ def describe_run(path: Path) -> RunSummary:
 
 
 def prunable_steps(run: RunSummary, *, keep_last: int, keep_every: int) -> list[StepSummary]:
-    """The steps that retention lets go; damaged ones are not counted and stay.
-
-    Args:
-        run: The checkpoints.
-        keep_last: How many of the newest stay.
-        keep_every: Multiples of this stay as well; 0 is none.
-    """
+    """The steps that retention lets go, as in `steps_to_remove`; damaged ones stay, uncounted."""
     sound = {each.step: each for each in run.steps if each.manifest is not None}
     if run.resumed is None:
         return []

@@ -110,10 +110,6 @@ def line_of_steps(steps: Mapping[int, Path], newest: int) -> Iterator[int]:
     """The newest step and those that led to it, backwards; others are of a line that was left.
 
     Each manifest tells them. Where the newest's cannot be read, the next lower step stands for it.
-
-    Args:
-        steps: All complete steps.
-        newest: The one saved last.
     """
     step: int | None = newest
     while step is not None:

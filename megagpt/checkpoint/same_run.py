@@ -59,12 +59,7 @@ def refuse_other_run(
 ) -> list[str]:
     """Refuses to resume where model, tokenizer, data, batch or optimizer differ, all in one line.
 
-    Args:
-        state: Of the checkpoint.
-        config: Of this run.
-        data_fingerprint: Of its data.
-        tokenizer_sha256: Of its tokenizer, where that is known.
-        override: Names of what may differ.
+    The state is the checkpoint's, all else this run's; `override` names what may differ.
 
     Returns:
         What differs and was overridden, for the log.

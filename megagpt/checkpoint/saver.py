@@ -65,13 +65,7 @@ class SaveFailed(OSError):
 class Checkpointer:
     """Saves and loads one engine; every rank must make one and call it alike.
 
-    Args:
-        checkpoints: Folder of the steps, on a file system that all ranks share.
-        engine: Of any layout.
-        groups: Of the layout.
-        layout: The same, as the manifest tells it.
-        vocab_size: Of the model, without padding.
-        config: How often and how many.
+    The folder is on a file system that all ranks share; `vocab_size` is without padding.
 
     Raises:
         CheckpointRefused: On every rank, if not all of them see the same folder, if it cannot be
@@ -126,12 +120,10 @@ class Checkpointer:
                 self._committer = Committer(
                     self.checkpoints, layout=self.layout, config=self.config
                 )
-            except FolderTaken as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{self.checkpoints} cannot be written ({error.strerror})"
             except Exception as error:
                 problem = in_words(error)
+                if isinstance(error, OSError) and not isinstance(error, FolderTaken):
+                    problem = f"{self.checkpoints} cannot be written ({error.strerror})"
         self._token = self._agreement.of_rank_0(
             self._committer.owner.token if self._committer else ""
         )

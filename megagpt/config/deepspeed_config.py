@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.config.deepspeed_keys import (
-    ACCEPTED_KEYS,
-    AUTO,
-    REFUSED_KEYS,
-    Kind,
-    describe_kind,
-    matches_kind,
-)
+from megagpt.config.deepspeed_keys import ACCEPTED_KEYS, AUTO, REFUSED_KEYS, Kind, misfit
 from megagpt.config.dotted_keys import did_you_mean, leaves
 from megagpt.config.refusals import Device, Facts, find_problems
 from megagpt.config.schema import Config
@@ -180,8 +173,8 @@ class _Resolver:
                     self.check_keys(value, kind, prefix=f"{path}.")
                 else:
                     problem = f"{path}={json.dumps(value)} has the wrong type; give an object"
-            elif value != AUTO and not matches_kind(value, kind):
-                problem = f"{path}={json.dumps(value)} is not allowed; give {describe_kind(kind)}"
+            elif value != AUTO and (fitting := misfit(value, kind)):
+                problem = f"{path}={json.dumps(value)} is not allowed; give {fitting}"
             if problem:
                 self.problems.append(problem)
                 self.rejected.add(path)

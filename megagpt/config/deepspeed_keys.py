@@ -231,18 +231,16 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def matches_kind(value: Any, kind: str | tuple[Any, ...]) -> bool:
-    """Whether a JSON value fits a kind; `"auto"` and sections are looked at elsewhere."""
-    if isinstance(value, bool) and kind != "bool":
-        return False
+def misfit(value: Any, kind: str | tuple[Any, ...]) -> str:
+    """What to write instead of a JSON value that does not fit a kind, in words; empty if it does.
+
+    `"auto"` and sections are looked at elsewhere.
+    """
+    is_bool = isinstance(value, bool)
     if isinstance(kind, tuple):
-        return value in kind
+        return "" if value in kind and not is_bool else "one of " + ", ".join(map(str, kind))
+    types, words = _KINDS[kind]
+    if not isinstance(value, types) or is_bool != (kind == "bool"):
+        return words
     # DeepSpeed reads 5e8 as an integer.
-    return isinstance(value, _KINDS[kind][0]) and (kind != "int" or float(value).is_integer())
-
-
-def describe_kind(kind: str | tuple[Any, ...]) -> str:
-    """What to write for a kind, in words."""
-    if isinstance(kind, tuple):
-        return "one of " + ", ".join(map(str, kind))
-    return _KINDS[kind][1]
+    return words if kind == "int" and not float(value).is_integer() else ""

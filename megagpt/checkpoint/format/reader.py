@@ -86,10 +86,8 @@ class CheckpointReader:
                 found += overlap.size
                 for kind, target in targets.items():
                     in_optimizer, key = tensor_key(kind, name)
-                    file = self._file(
-                        (optimizer_file if in_optimizer else weights_file)(piece.shard)
-                    )
-                    _read_overlap(file, key, overlap, target)
+                    name_of = optimizer_file if in_optimizer else weights_file
+                    _read_overlap(self._file(name_of(piece.shard)), key, overlap, target)
         if found != part.size:
             raise ValueError(
                 f"{self.directory} has {found} of the {part.size} elements of {name} that are "

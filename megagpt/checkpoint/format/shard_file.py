@@ -152,8 +152,7 @@ class ShardWriter:
 class BlockCache:
     """The blocks that were read last, of any file: small tensors stand many to a block.
 
-    Args:
-        max_bytes: Of all blocks; one is always kept.
+    One is kept even where it is more than `max_bytes`.
     """
 
     def __init__(self, max_bytes: int = BLOCK_BYTES) -> None:
@@ -179,12 +178,7 @@ class BlockCache:
 
 
 class ShardReader:
-    """Reads verified parts of a file.
-
-    Args:
-        path: The file.
-        record: What its manifest says of it.
-        cache: Of its blocks, and of other files' that are read along with it.
+    """Reads verified parts of a file; the cache may hold blocks of other files too.
 
     Raises:
         DamagedCheckpoint: If it is missing, or has another length.

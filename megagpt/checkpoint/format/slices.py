@@ -58,15 +58,8 @@ class Slice:
                 num_rows, num_columns = 1, min(self.width - column, self.end - position)
             else:
                 num_rows, num_columns = (self.end - position) // self.width, self.width
-            pieces.append(
-                _Rectangle(
-                    self.rows[0] + row,
-                    self.columns[0] + column,
-                    num_rows,
-                    num_columns,
-                    position - self.start,
-                )
-            )
+            corner = self.rows[0] + row, self.columns[0] + column
+            pieces.append(_Rectangle(*corner, num_rows, num_columns, position - self.start))
             position += num_rows * num_columns
         return pieces
 

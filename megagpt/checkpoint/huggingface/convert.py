@@ -59,7 +59,6 @@ MODEL_FILE = "model.yaml"
 """The settings of an imported model, for the run that trains it on."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_FLOAT32 = np.dtype(np.float32)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -295,7 +294,8 @@ def _write_step(
 
 
 def _write_values(path: Path, shapes: Shapes, read: Callable[[str], np.ndarray]) -> FileRecord:
-    writer = ShardWriter(path, {name: (shape, _FLOAT32) for name, shape in shapes.items()})
+    float32 = np.dtype(np.float32)
+    writer = ShardWriter(path, {name: (shape, float32) for name, shape in shapes.items()})
     try:
         for name in shapes:
             writer.write(read(name))

@@ -53,10 +53,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 class HuggingFaceFolder:
-    """An open folder of transformers; a context manager.
-
-    Args:
-        directory: With config.json and safetensors.
+    """An open folder of transformers, with config.json and safetensors; a context manager.
 
     Raises:
         ValueError: If it has none, or is inconsistent.
@@ -70,12 +67,10 @@ class HuggingFaceFolder:
         self._open_files = ExitStack()
 
     def __enter__(self) -> HuggingFaceFolder:
-        try:
+        with self._open_files as on_error:
             for file in _weight_files(self.directory):
                 self._open(file)
-        except BaseException:
-            self._open_files.close()
-            raise
+            self._open_files = on_error.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import deepspeed
@@ -43,11 +44,7 @@ class Held:
 
 
 class OptimizerState(ABC):
-    """The state that this rank holds, in units.
-
-    Args:
-        engine: Built; its optimizer may not have made a step yet.
-    """
+    """The state that this rank holds, in units; the optimizer may not have made a step yet."""
 
     is_replicated = False
     """Whether every data-parallel rank holds the same."""
@@ -63,11 +60,7 @@ class OptimizerState(ABC):
     @abstractmethod
     @contextmanager
     def unit(self, number: int, *, writes: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """Brings a unit into memory; its tensors are views of the state itself.
-
-        Args:
-            number: Of the unit.
-            writes: Whether the tensors will be changed.
+        """Brings a unit into memory; its tensors are views of the state, to be changed if `writes`.
 
         Yields:
             For each of the unit's ranges, [elements] in float32 by kind.
@@ -169,9 +162,7 @@ class _PartitionedState(OptimizerState):
         """What of each parameter lies in this rank's partition, and where in it."""
         if isinstance(self.optimizer, BF16_Optimizer):
             parameters = self.optimizer.bf16_groups[number]
-            offsets = [0]
-            for parameter in parameters:
-                offsets.append(offsets[-1] + parameter.numel())
+            offsets = accumulate((p.numel() for p in parameters), initial=0)
         else:
             parameters = self.optimizer.round_robin_bit16_groups[number]
             offsets = self.optimizer.round_robin_bit16_offsets[number]

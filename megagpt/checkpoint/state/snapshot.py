@@ -76,13 +76,9 @@ class HostCopy:
 
     def _allocate(self) -> list[torch.Tensor]:
         """Pinned, where a device copies to it by itself."""
-        left = sum(part.piece.size for _, part in owned_tensors(self._units))
-        chunks = []
-        while left:
-            size = min(left, _CHUNK_ELEMENTS)
-            chunks.append(torch.empty(size, dtype=torch.float32, pin_memory=self._is_cuda))
-            left -= size
-        return chunks
+        total = sum(part.piece.size for _, part in owned_tensors(self._units))
+        sizes = (min(_CHUNK_ELEMENTS, total - at) for at in range(0, total, _CHUNK_ELEMENTS))
+        return [torch.empty(s, dtype=torch.float32, pin_memory=self._is_cuda) for s in sizes]
 
     def _at(self, position: int, size: int) -> Iterator[torch.Tensor]:
         """The memory of so many elements, in one part for each chunk that they lie in."""
@@ -94,7 +90,7 @@ class HostCopy:
 
 
 def random_states() -> dict[str, np.ndarray]:
-    """The states of now, by the names under which they are kept."""
+    """The states of torch's generators, by the names under which they are kept."""
     states = {_CPU: torch.get_rng_state().numpy()}
     if torch.cuda.is_available():
         states[_CUDA] = torch.cuda.get_rng_state().numpy()
