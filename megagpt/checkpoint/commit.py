@@ -5,6 +5,7 @@ The folder is the run's own before each change, or nothing is changed. Next file
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -54,12 +55,7 @@ class Shard(NamedTuple):
 
 
 class Committer:
-    """Takes the folder of a run's checkpoints, and makes steps in it; of rank 0 alone.
-
-    Args:
-        checkpoints: Is made, if it is not there.
-        layout: Of the ranks, as the manifest tells it.
-        config: How many steps to keep.
+    """Takes the folder of a run's checkpoints, or makes it, and makes steps in it; of rank 0 alone.
 
     Raises:
         ValueError: If a live process of this host has the folder.
@@ -73,41 +69,29 @@ class Committer:
         self._config = config
         self._line: tuple[tuple[int, str], ...] = ()  # as in the manifest, of the next save
         checkpoints.mkdir(parents=True, exist_ok=True)
-        self._owner = Ownership(checkpoints)
+        self.owner = Ownership(checkpoints)
         try:
             self._previous = newest_sha256(checkpoints)  # as in the manifest too
-            if not is_owned(checkpoints, self.token):
+            if not is_owned(checkpoints, self.owner.token):
                 raise FolderTaken(f"{checkpoints} was taken by a run that started with it")
         except BaseException:
-            self.release()
+            self.owner.release()
             raise
-
-    @property
-    def token(self) -> str:
-        """By which every rank knows the folder as this run's."""
-        return self._owner.token
-
-    def release(self) -> None:
-        """Lets another run take the folder."""
-        self._owner.release()
 
     def follow(self, directory: Path, manifest: CheckpointManifest) -> None:
         """Goes on from a step, on whose line the next one stands if it is of the same folder."""
-        if _is_same_folder(directory.parent, self._checkpoints):
-            self._line = ((manifest.state.step, manifest.sha256), *manifest.line)
+        with contextlib.suppress(OSError):
+            if directory.parent.samefile(self._checkpoints):
+                self._line = ((manifest.state.step, manifest.sha256), *manifest.line)
 
     def stage(self, step: int) -> None:
         """Makes room for the files of a step."""
-        self._owner.require()
+        self.owner.require()
         remove_leftovers(self._checkpoints)
         staging_directory(step_directory(self._checkpoints, step)).mkdir()
 
     def commit(self, state: CheckpointState, shards: list[Shard]) -> None:
         """Makes the staged step one that counts, and removes those that retention lets go.
-
-        Args:
-            state: Of the run.
-            shards: By rank.
 
         Raises:
             ValueError: If the parts do not make up the tensors.
@@ -116,9 +100,9 @@ class Committer:
         target = step_directory(self._checkpoints, state.step)
         staging = staging_directory(target)
         manifest = self._manifest(state, shards)
-        self._owner.require()
+        self.owner.require()
         sha256 = write_manifest(staging, manifest)
-        self._owner.require()
+        self.owner.require()
         problem: OSError | None = None
         try:
             publish(staging, target)
@@ -128,7 +112,7 @@ class Committer:
             problem = error
         self._previous, self._line = sha256, ((state.step, sha256), *manifest.line)
         try:
-            self._owner.require()
+            self.owner.require()
             write_latest(self._checkpoints, state.step, sha256)
         except OSError as error:
             problem = error
@@ -177,14 +161,7 @@ class Committer:
             links = read_links(directory)
             try:
                 if links is not None and links.sha256 == line[step]:
-                    self._owner.require()
+                    self.owner.require()
                     remove_step(directory)
             except OSError as error:
                 logger.warning(f"warning: {directory} cannot be removed ({error})")
-
-
-def _is_same_folder(first: Path, second: Path) -> bool:
-    try:
-        return first.samefile(second)
-    except OSError:
-        return False

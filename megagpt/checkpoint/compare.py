@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from megagpt.checkpoint.format.manifest import CheckpointManifest
 from megagpt.checkpoint.format.reader import CheckpointReader
 from megagpt.config.command_line import config_to_dict
+from megagpt.config.dotted_keys import leaves
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -49,14 +50,13 @@ class TensorDifference:
 
 
 def compare_tensors(
-    first: CheckpointReader, second: CheckpointReader, *, kinds: Iterable[str]
+    first: CheckpointReader, second: CheckpointReader, *, kinds: Sequence[str]
 ) -> Iterator[TensorDifference]:
     """Compares every parameter of either.
 
     Raises:
         DamagedCheckpoint: If what is read is not what was written.
     """
-    kinds = tuple(kinds)
     ours, theirs = first.manifest.tensors, second.manifest.tensors
     for name in {**ours, **theirs}:
         problem = ""
@@ -119,12 +119,4 @@ def _flat_values(manifest: CheckpointManifest) -> dict[str, Any]:
         "config": config_to_dict(manifest.state.config),
         "versions": manifest.versions,
     }
-    return dict(_leaves(tree, ""))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return leaves(tree)

@@ -23,9 +23,9 @@ from megagpt.checkpoint.format.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     Layout,
+    TensorRecord,
     read_manifest,
 )
-from megagpt.checkpoint.format.slices import whole
 
 _ELEMENT_BYTES = 4
 
@@ -60,17 +60,6 @@ class RunSummary:
     """Folders and files that a killed process left; the next resume removes those with a dot."""
 
 
-@dataclass(frozen=True)
-class TensorSummary:
-    """A parameter of a checkpoint."""
-
-    name: str
-    shape: tuple[int, ...]
-    num_elements: int
-    num_pieces: int
-    """Parts that it is stored in, for each kind."""
-
-
 def is_step_folder(path: Path) -> bool:
     """Whether a path means one step, and not a run."""
     return (path / MANIFEST_FILE).is_file()
@@ -86,27 +75,20 @@ def describe_run(path: Path) -> RunSummary:
     checkpoints = candidates[0].parent
     folders = complete_steps(checkpoints)
     steps = [_describe_step(step, directory) for step, directory in folders.items()]
-    sound = {each.directory for each in steps if each.manifest is not None}
-    numbers = {directory: step for step, directory in folders.items()}
+    sound = {each.directory: each.step for each in steps if each.manifest is not None}
     left = {path.name for pattern in LEFTOVERS for path in checkpoints.glob(pattern)}
     left |= {path.name for path in checkpoints.glob("step_*") if not is_step_folder(path)}
     return RunSummary(
         checkpoints=checkpoints,
         steps=steps,
         latest=_latest_in_words(checkpoints, steps),
-        resumed=next((numbers[each] for each in candidates if each in sound), None),
-        leftovers=sorted(left - {directory.name for directory in numbers}),
+        resumed=next((sound[each] for each in candidates if each in sound), None),
+        leftovers=sorted(left - {directory.name for directory in folders.values()}),
     )
 
 
 def prunable_steps(run: RunSummary, *, keep_last: int, keep_every: int) -> list[StepSummary]:
-    """The steps that retention lets go; damaged ones are not counted and stay.
-
-    Args:
-        run: The checkpoints.
-        keep_last: How many of the newest stay.
-        keep_every: Multiples of this stay as well; 0 is none.
-    """
+    """The steps that retention lets go, as in `steps_to_remove`; damaged ones stay, uncounted."""
     sound = {each.step: each for each in run.steps if each.manifest is not None}
     if run.resumed is None:
         return []
@@ -127,7 +109,7 @@ def layout_in_words(layout: Layout) -> str:
 
 def num_parameters(manifest: CheckpointManifest) -> int:
     """Elements of all parameters, without the padding of the vocabulary."""
-    return sum(whole(record.shape).size for record in manifest.tensors.values())
+    return sum(record.num_elements for record in manifest.tensors.values())
 
 
 def bytes_by_kind(manifest: CheckpointManifest) -> Mapping[str, int]:
@@ -137,13 +119,9 @@ def bytes_by_kind(manifest: CheckpointManifest) -> Mapping[str, int]:
     return {**kinds, "other": total - sum(kinds.values())}
 
 
-def largest_tensors(manifest: CheckpointManifest, count: int) -> list[TensorSummary]:
-    """The parameters of most elements, the largest first."""
-    tensors = [
-        TensorSummary(name, record.shape, whole(record.shape).size, len(record.pieces))
-        for name, record in manifest.tensors.items()
-    ]
-    return sorted(tensors, key=lambda each: -each.num_elements)[:count]
+def largest_tensors(manifest: CheckpointManifest, count: int) -> list[tuple[str, TensorRecord]]:
+    """The parameters of most elements by name, the largest first."""
+    return sorted(manifest.tensors.items(), key=lambda each: -each[1].num_elements)[:count]
 
 
 def bytes_in_words(num_bytes: float) -> str:

@@ -46,11 +46,6 @@ def staging_directory(target: Path) -> Path:
     return target.with_name(f".staging_{target.name}")
 
 
-def _replaced_directory(target: Path) -> Path:
-    """Where a step is put when it is written anew."""
-    return target.with_name(f"{_REPLACED}{target.name}")
-
-
 def complete_steps(checkpoints: Path) -> dict[int, Path]:
     """Step folders that have a manifest, by step, in order."""
     steps = {}
@@ -115,10 +110,6 @@ def line_of_steps(steps: Mapping[int, Path], newest: int) -> Iterator[int]:
     """The newest step and those that led to it, backwards; others are of a line that was left.
 
     Each manifest tells them. Where the newest's cannot be read, the next lower step stands for it.
-
-    Args:
-        steps: All complete steps.
-        newest: The one saved last.
     """
     step: int | None = newest
     while step is not None:
@@ -183,7 +174,7 @@ def write_latest(checkpoints: Path, step: int, sha256: str) -> None:
 def publish(staging: Path, target: Path) -> None:
     """Makes a staged step appear; one that is there under its name goes when the new one is in."""
     sync_directory(staging)
-    replaced = _replaced_directory(target)
+    replaced = target.with_name(f"{_REPLACED}{target.name}")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)

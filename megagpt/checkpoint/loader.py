@@ -42,12 +42,7 @@ def load_checkpoint(
 ) -> CheckpointReader:
     """Loads weights and moments from the newest checkpoint that is whole; a collective.
 
-    Args:
-        path: A step folder, or a run folder.
-        state: Of the engine; what it holds is overwritten.
-        units: What this rank holds.
-        agreement: Of all ranks.
-        restore: Takes the rest from the same checkpoint.
+    What the state holds is overwritten; `restore` takes the rest from the same checkpoint.
 
     Returns:
         Of what was loaded; closed, but for its folder and manifest.

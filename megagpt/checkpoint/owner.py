@@ -39,9 +39,6 @@ class FolderTaken(OSError):
 class Ownership:
     """A folder as this process has taken it; one process of a run does.
 
-    Args:
-        checkpoints: Of one run.
-
     Raises:
         ValueError: If a live process of this host has it.
         OSError: If it cannot be written.

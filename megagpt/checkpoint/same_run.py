@@ -8,12 +8,12 @@ Next file: `saver.py`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 from megagpt.checkpoint.format.manifest import CheckpointState
 from megagpt.config.command_line import config_to_dict
+from megagpt.config.dotted_keys import did_you_mean, leaves
 from megagpt.config.schema import Config
 
 _COMPARED = (
@@ -59,12 +59,7 @@ def refuse_other_run(
 ) -> list[str]:
     """Refuses to resume where model, tokenizer, data, batch or optimizer differ, all in one line.
 
-    Args:
-        state: Of the checkpoint.
-        config: Of this run.
-        data_fingerprint: Of its data.
-        tokenizer_sha256: Of its tokenizer, where that is known.
-        override: Names of what may differ.
+    The state is the checkpoint's, all else this run's; `override` names what may differ.
 
     Returns:
         What differs and was overridden, for the log.
@@ -75,7 +70,13 @@ def refuse_other_run(
     """
     override = tuple(override)
     saved, wanted = _values(state.config), _values(config)
-    _require_known(override, [*wanted, "data", "tokenizer"])
+    names = [*wanted, "data", "tokenizer"]
+    for name in override:
+        if name not in names:
+            hint = did_you_mean(name, names) or "; see docs/checkpoints.md"
+            raise ValueError(
+                f"checkpoint.override={name} names nothing that a resume compares{hint}"
+            )
     fixed = set(_FIXED)
     if wanted["model.position_embedding"] == "learned":
         fixed.add("model.seq_length")  # the table of positions
@@ -107,28 +108,11 @@ def refuse_other_run(
 
 def _values(config: Config) -> dict[str, Any]:
     """What is compared, by dotted name."""
-    sections = config_to_dict(config)
-    names = [
-        *(f"{section}.{key}" for section in ("model", "optimizer") for key in sections[section]),
-        *_COMPARED,
-    ]
-    values = {}
-    for name in names:
-        if name not in _FREE:
-            section, _, key = name.partition(".")
-            values[name] = sections[section][key]
+    saved = leaves(config_to_dict(config))
+    names = [*(name for name in saved if name.startswith(("model.", "optimizer."))), *_COMPARED]
+    values = {name: saved[name] for name in names if name not in _FREE}
     # After their defaults, which depend on the length of the run.
     is_constant = config.optimizer.schedule == "constant"
     values["optimizer.decay_steps"] = None if is_constant else config.decay_steps
     values["optimizer.wsd_decay_steps"] = config.wsd_decay_steps
     return values
-
-
-def _require_known(override: tuple[str, ...], names: list[str]) -> None:
-    for name in override:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see docs/checkpoints.md"
-            raise ValueError(
-                f"checkpoint.override={name} names nothing that a resume compares; {hint}"
-            )

@@ -36,8 +36,13 @@ from megagpt.checkpoint.loader import CheckpointRefused, load_checkpoint
 from megagpt.checkpoint.owner import FolderTaken, is_owned, require_owner
 from megagpt.checkpoint.state.optimizer_state import optimizer_state
 from megagpt.checkpoint.state.parts import held_parts, owned_parts, owned_tensors
-from megagpt.checkpoint.state.random_states import random_states, restore_random_states
-from megagpt.checkpoint.state.snapshot import HostCopy, Tensors, live_tensors
+from megagpt.checkpoint.state.snapshot import (
+    HostCopy,
+    Tensors,
+    live_tensors,
+    random_states,
+    restore_random_states,
+)
 from megagpt.config.schema import CheckpointConfig
 from megagpt.parallel.groups import ProcessGroups
 
@@ -60,13 +65,7 @@ class SaveFailed(OSError):
 class Checkpointer:
     """Saves and loads one engine; every rank must make one and call it alike.
 
-    Args:
-        checkpoints: Folder of the steps, on a file system that all ranks share.
-        engine: Of any layout.
-        groups: Of the layout.
-        layout: The same, as the manifest tells it.
-        vocab_size: Of the model, without padding.
-        config: How often and how many.
+    The folder is on a file system that all ranks share; `vocab_size` is without padding.
 
     Raises:
         CheckpointRefused: On every rank, if not all of them see the same folder, if it cannot be
@@ -111,7 +110,7 @@ class Checkpointer:
 
     def _release(self) -> None:
         if self._committer is not None:
-            self._committer.release()
+            self._committer.owner.release()
 
     def _open_directory(self) -> None:
         """Takes the folder, which all ranks must mean."""
@@ -121,13 +120,13 @@ class Checkpointer:
                 self._committer = Committer(
                     self.checkpoints, layout=self.layout, config=self.config
                 )
-            except FolderTaken as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{self.checkpoints} cannot be written ({error.strerror})"
             except Exception as error:
                 problem = in_words(error)
-        self._token = self._agreement.of_rank_0(self._committer.token if self._committer else "")
+                if isinstance(error, OSError) and not isinstance(error, FolderTaken):
+                    problem = f"{self.checkpoints} cannot be written ({error.strerror})"
+        self._token = self._agreement.of_rank_0(
+            self._committer.owner.token if self._committer else ""
+        )
         if not problem and not is_owned(self.checkpoints, self._token):
             problem = (
                 f"{self.checkpoints.absolute()} is not the folder that rank 0 writes to; give "

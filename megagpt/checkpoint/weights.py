@@ -24,5 +24,5 @@ def load_weights(path: Path | str) -> tuple[CheckpointState, dict[str, torch.Ten
         ValueError: If there is no complete checkpoint, or it is damaged.
     """
     with CheckpointReader(find_checkpoint(Path(path))) as reader:
-        weights = {name: torch.from_numpy(value) for name, value in reader.weights()}
-        return reader.manifest.state, weights
+        manifest = reader.manifest
+        return manifest.state, {n: torch.from_numpy(reader.tensor(n)) for n in manifest.tensors}

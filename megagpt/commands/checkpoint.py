@@ -99,10 +99,10 @@ def _inspect_step(options: argparse.Namespace) -> None:
         print(f"file: {name}, {bytes_in_words(files[name].num_bytes)}")
     if len(files) > options.files:
         print(f"and {len(files) - options.files} more files; --files lists more")
-    for tensor in largest_tensors(manifest, options.tensors):
+    for name, record in largest_tensors(manifest, options.tensors):
         print(
-            f"tensor: {tensor.name} {list(tensor.shape)}, {tensor.num_elements:,} elements in "
-            f"{tensor.num_pieces} pieces"
+            f"tensor: {name} {list(record.shape)}, {record.num_elements:,} elements in "
+            f"{len(record.pieces)} pieces"
         )
     for name in stray_files(options.path, manifest):
         print(f"stray: {name}, which nothing reads")

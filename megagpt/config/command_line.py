@@ -10,8 +10,8 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str
         SystemExit: After `--help` and `--print_config`.
     """
     options = _split_arguments(argv)
-    if any(name == "help" for name, _ in options):
+    given = dict(options)  # the last of each
+    if "help" in given:
         build_parser().print_help()
         raise SystemExit(0)
     values: dict[str, Any] = {}
@@ -95,14 +96,15 @@ def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str
         shape = dataclasses.asdict(PRESETS[name])
         merge({f"model.{k}": v for k, v in shape.items()}, f"preset {name}")
     for _, path in (o for o in options if o[0] == "config"):
-        merge(_typed(_flatten(_read_yaml(path), where=path), where=path), f"file {path}")
+        merge(_settings(_read_yaml(path), where=path), f"file {path}")
     for key, text in (o for o in options if o[0] in sources):
-        merge({key: _typed_flag(key, text)}, f"flag --{key}")
+        parse = partial(build_parser().parse_args, [f"--{key}={text}"])
+        merge({key: _typed(key, parse, f"--{key}={text}", error=UsageError)}, f"flag --{key}")
     config = _build(values)
-    if any(name == "print_config" for name, _ in options):
+    if "print_config" in given:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
-    ds_config_path = next((v for name, v in reversed(options) if name == "ds_config"), None)
+    ds_config_path = given.get("ds_config")
     sources["ds_config"] = ds_config_path or "default"
     ds_config = read_ds_config(ds_config_path) if ds_config_path else dict(DEFAULT_DS_CONFIG)
     return config, ds_config, sources
@@ -119,8 +121,7 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: An unknown key, a value of the wrong type, or settings that do not fit together.
     """
-    where = "the saved configuration"
-    return _build(_typed(_flatten(values, where=where), where=where))
+    return _build(_settings(values, where="the saved configuration"))
 
 
 def _split_arguments(argv: list[str]) -> list[tuple[str, str]]:
@@ -156,14 +157,12 @@ class _YamlLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys: set[Any] = set()
-        scalars = [k for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
-        for key_node in scalars:
-            key = key_node.value
-            if key in keys:
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in keys:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' is given twice", key_node.start_mark
+                    None, None, f"key '{key.value}' is given twice", key.start_mark
                 )
-            keys.add(key)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -187,11 +186,12 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
     return values
 
 
-def _flatten(values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
-    """Dotted keys of known settings.
+def _settings(values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
+    """The settings of a file by dotted key, in the types of the schema.
 
     Raises:
-        ValueError: For an unknown key, with the nearest name, or a section that is not one.
+        ValueError: For an unknown key, with the nearest name, a section that is not one, or a value
+            of the wrong type.
     """
     flat: dict[str, Any] = {}
     for key, value in leaves(values, sections=_SECTIONS).items():
@@ -209,37 +209,26 @@ def _flatten(values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
         else:
             hint = did_you_mean(key, _SETTINGS) or "; --help lists all keys"
             raise ValueError(f"unknown key '{key}' in {where}{hint}")
-    return flat
+    parse = build_parser().parse_object
+    return {
+        key: _typed(key, partial(parse, {key: value}), f"{key}={value!r} in {where}")
+        for key, value in flat.items()
+    }
 
 
-def _typed(flat: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Converts values from a file to the types of the schema."""
-    typed: dict[str, Any] = {}
-    for key, value in flat.items():
-        try:
-            typed[key] = _finite(build_parser().parse_object({key: value}, defaults=False)[key])
-        except (jsonargparse.ArgumentError, ValueError):
-            raise ValueError(
-                f"{key}={value!r} in {where} has the wrong type; "
-                f"give {_describe(_SETTINGS[key].type)}"
-            ) from None
-    return typed
-
-
-def _typed_flag(key: str, text: str) -> Any:
+def _typed(
+    key: str, parse: Callable[..., Any], given: str, error: type[ValueError] = ValueError
+) -> Any:
+    """The value of a key that the parser finds, which must be of its type and finite."""
     try:
-        return _finite(build_parser().parse_args([f"--{key}={text}"], defaults=False)[key])
+        value = parse(defaults=False)[key]
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{number} is not finite")
+        return value
     except (jsonargparse.ArgumentError, ValueError):
-        raise UsageError(
-            f"--{key}={text} has the wrong type; give {_describe(_SETTINGS[key].type)}"
-        ) from None
-
-
-def _finite(value: Any) -> Any:
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"{number} is not finite")
-    return value
+        kind = _describe(_SETTINGS[key].type)
+        raise error(f"{given} has the wrong type; give {kind}") from None
 
 
 def _describe(kind: Any) -> str:

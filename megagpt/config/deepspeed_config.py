@@ -13,17 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.config.deepspeed_keys import (
-    ACCEPTED_KEYS,
-    AUTO,
-    REFUSED_KEYS,
-    Kind,
-    describe_kind,
-    matches_kind,
-)
+from megagpt.config.deepspeed_keys import ACCEPTED_KEYS, AUTO, REFUSED_KEYS, Kind, misfit
 from megagpt.config.dotted_keys import did_you_mean, leaves
-from megagpt.config.refusals import find_problems
-from megagpt.config.rule import Device, Facts
+from megagpt.config.refusals import Device, Facts, find_problems
 from megagpt.config.schema import Config
 
 DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
@@ -139,13 +131,13 @@ def format_resolved_table(
         source = config_sources.get(key, "default")
         if source == "default" and value != defaults[key]:
             source = "derived"
-        rows.append((key, _show(value), source))
+        rows.append((key, json.dumps(value), source))
     json_source = config_sources.get("ds_config", "ds_config")
     for key, value in leaves(resolved.values).items():
         source = resolved.sources[key]
         if source == "ds_config":
             source = f"ds_config {json_source}"
-        rows.append((f"ds_config.{key}", _show(value), source))
+        rows.append((f"ds_config.{key}", json.dumps(value), source))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{k:<{widths[0]}}  {v:<{widths[1]}}  {s}" for k, v, s in rows)
 
@@ -180,9 +172,9 @@ class _Resolver:
                 elif isinstance(value, dict):
                     self.check_keys(value, kind, prefix=f"{path}.")
                 else:
-                    problem = f"{path}={_show(value)} has the wrong type; give an object"
-            elif value != AUTO and not matches_kind(value, kind):
-                problem = f"{path}={_show(value)} is not allowed; give {describe_kind(kind)}"
+                    problem = f"{path}={json.dumps(value)} has the wrong type; give an object"
+            elif value != AUTO and (fitting := misfit(value, kind)):
+                problem = f"{path}={json.dumps(value)} is not allowed; give {fitting}"
             if problem:
                 self.problems.append(problem)
                 self.rejected.add(path)
@@ -194,9 +186,7 @@ class _Resolver:
         """The value at a dotted path, None if it is absent."""
         section: Any = self.values
         for name in path.split("."):
-            if not isinstance(section, dict):
-                return None
-            section = section.get(name)
+            section = section.get(name) if isinstance(section, dict) else None
         return section
 
     def fill(
@@ -228,12 +218,12 @@ class _Resolver:
             section[name] = expected
             self.sources[path] = source
         elif not _equal(value, expected):
-            self.conflict(path, value, f"{owner}={_show(expected)}")
+            self.conflict(path, value, f"{owner}={json.dumps(expected)}")
 
     def conflict(self, path: str, value: Any, owned: str) -> None:
         """Notes a value that differs from what its owner says."""
         self.problems.append(
-            f"{path}={_show(value)} conflicts with {owned} "
+            f"{path}={json.dumps(value)} conflicts with {owned} "
             '(write "auto" in the JSON, or make them equal)'
         )
 
@@ -340,10 +330,6 @@ def _fill_zero(resolver: _Resolver, config: Config) -> None:
         if on_nvme and resolver.get(path) in (None, AUTO):
             # In the run folder, so that no two runs share it.
             resolver.fill(path, str(Path(config.output_dir) / "nvme"), owner="", source="derived")
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value)
 
 
 def _equal(left: Any, right: Any) -> bool:

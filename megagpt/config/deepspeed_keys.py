@@ -222,10 +222,6 @@ REFUSED_KEYS: dict[str, str] = {
 }
 """Keys that DeepSpeed knows or knew and megagpt refuses, with reason and remedy."""
 
-STAGE3_KEYS = ("stage3_", "zero_hpz_", "zero_quantized_")
-"""Beginnings of zero_optimization keys that have an effect under stage 3 only."""
-
-
 _KINDS: dict[str, tuple[Any, str]] = {
     "int": ((int, float), "a whole number"),
     "number": ((int, float), "a number"),
@@ -235,22 +231,16 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def matches_kind(value: Any, kind: Kind) -> bool:
-    """Whether a JSON value fits a kind; `"auto"` is looked at elsewhere."""
-    if isinstance(kind, dict):
-        return isinstance(value, dict)
-    if isinstance(value, bool) and kind != "bool":
-        return False
+def misfit(value: Any, kind: str | tuple[Any, ...]) -> str:
+    """What to write instead of a JSON value that does not fit a kind, in words; empty if it does.
+
+    `"auto"` and sections are looked at elsewhere.
+    """
+    is_bool = isinstance(value, bool)
     if isinstance(kind, tuple):
-        return value in kind
+        return "" if value in kind and not is_bool else "one of " + ", ".join(map(str, kind))
+    types, words = _KINDS[kind]
+    if not isinstance(value, types) or is_bool != (kind == "bool"):
+        return words
     # DeepSpeed reads 5e8 as an integer.
-    return isinstance(value, _KINDS[kind][0]) and (kind != "int" or float(value).is_integer())
-
-
-def describe_kind(kind: Kind) -> str:
-    """What to write for a kind, in words."""
-    if isinstance(kind, dict):
-        return "an object"
-    if isinstance(kind, tuple):
-        return "one of " + ", ".join(map(str, kind))
-    return _KINDS[kind][1]
+    return words if kind == "int" and not float(value).is_integer() else ""

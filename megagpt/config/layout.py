@@ -14,11 +14,19 @@ from megagpt.config.schema import Recompute
 
 Offload = Literal["none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme"]
 
-_OFFLOADS: dict[str, Offload] = {
-    "offload_optimizer_cpu": "optimizer_cpu",
-    "offload_cpu": "cpu",
-    "offload_optimizer_nvme": "optimizer_nvme",
-    "offload_nvme": "nvme",
+_DEGREES = {
+    "dp": "data_parallel_size",
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "zero": "zero_stage",
+}
+_OFFLOADS = ("offload_optimizer_cpu", "offload_cpu", "offload_optimizer_nvme", "offload_nvme")
+_CHOICES: dict[str, tuple[str, Any]] = {
+    "sp": ("sequence_parallel", True),
+    "full": ("recompute", "full"),
+    "selective": ("recompute", "selective"),
+    "flops": ("balance", "flops"),
+    **{word: ("offload", word.removeprefix("offload_")) for word in _OFFLOADS},
 }
 
 WORDS = (
@@ -51,25 +59,11 @@ class Layout:
             ValueError: For a word that is none, or stands twice.
         """
         values: dict[str, Any] = {}
-        degrees = {
-            "dp": "data_parallel_size",
-            "tp": "tensor_parallel_size",
-            "pp": "pipeline_parallel_size",
-            "zero": "zero_stage",
-        }
-        value: Any
         for word in name.split("-"):
-            match = re.fullmatch(r"(dp|tp|pp|zero)(\d+)", word)
-            if match:
-                key, value = degrees[match[1]], int(match[2])
-            elif word == "sp":
-                key, value = "sequence_parallel", True
-            elif word in ("full", "selective"):
-                key, value = "recompute", word
-            elif word == "flops":
-                key, value = "balance", word
-            elif word in _OFFLOADS:
-                key, value = "offload", _OFFLOADS[word]
+            if match := re.fullmatch(r"(dp|tp|pp|zero)(\d+)", word):
+                key, value = _DEGREES[match[1]], int(match[2])
+            elif word in _CHOICES:
+                key, value = _CHOICES[word]
             else:
                 raise ValueError(f"'{word}' in layout '{name}' is no word; the words are {WORDS}")
             if key in values:

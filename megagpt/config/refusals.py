@@ -6,173 +6,105 @@ is made from it. Pure: no torch, no DeepSpeed. Callers: `command_line.py`, `deep
 
 from __future__ import annotations
 
-from megagpt.config.deepspeed_keys import STAGE3_KEYS
-from megagpt.config.rule import Facts, Rule
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from megagpt.config.deepspeed_keys import AUTO
 from megagpt.config.schema import Config
 
-
-def _warmup(config: Config) -> str | None:
-    warmup, decay = config.optimizer.warmup_steps, config.decay_steps
-    if warmup < decay:
-        return None
-    return f"warmup_steps={warmup} leaves nothing of decay_steps={decay}"
+Device = Literal["cpu", "cuda"]
+Seen = TypeVar("Seen")
+_ZERO_PLUS_PLUS = ("zero_hpz_", "zero_quantized_")
 
 
-def _wsd(config: Config) -> str | None:
-    warmup, decay = config.optimizer.warmup_steps, config.decay_steps
-    if warmup >= decay or config.wsd_decay_steps <= decay - warmup:
-        return None
-    return (
-        f"wsd_decay_steps={config.wsd_decay_steps} does not fit between warmup_steps={warmup} and "
-        f"decay_steps={decay}"
-    )
+@dataclass(frozen=True)
+class Facts:
+    """What a rule of layouts looks at."""
+
+    config: Config
+    """The typed configuration."""
+    ds_config: dict[str, Any]
+    """The DeepSpeed JSON, filled in."""
+    world_size: int
+    """Ranks."""
+    device: Device
+    """What the run trains on."""
+
+    @property
+    def tp(self) -> int:
+        """tensor_parallel_size."""
+        return self.config.parallel.tensor_parallel_size
+
+    @property
+    def pp(self) -> int:
+        """pipeline_parallel_size."""
+        return self.config.parallel.pipeline_parallel_size
+
+    @property
+    def dp(self) -> int | None:
+        """Data-parallel ranks; None where tp x pp does not divide the world, a fault of its own."""
+        ranks, rest = divmod(self.world_size, self.tp * self.pp)
+        return None if rest else ranks
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The section zero_optimization."""
+        return self.ds_config.get("zero_optimization", {})
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage; None where what is stated is none, a fault that is reported already."""
+        stage = self.zero.get("stage")
+        return None if stage == AUTO else stage
+
+    @property
+    def samples_at_once(self) -> int | None:
+        """Samples of one micro-batch on all ranks; None where dp is."""
+        return None if self.dp is None else self.config.batch.micro_batch_size * self.dp
+
+    @property
+    def micro_batches(self) -> int | None:
+        """Of a rank in a step; None where they do not divide, or dp is None."""
+        return None if self.dp is None else self.config.batch.gradient_accumulation_steps(self.dp)
+
+    def offload(self, what: Literal["optimizer", "param"]) -> str:
+        """Device of an offload section, `none` without one."""
+        return self.zero.get(f"offload_{what}", {}).get("device", "none")
+
+    @property
+    def stage3_keys(self) -> str:
+        """The keys of zero_optimization that have an effect under stage 3 only."""
+        return ", ".join(key for key in self.zero if key.startswith(("stage3_", *_ZERO_PLUS_PLUS)))
+
+    @property
+    def zero_plus_plus_keys(self) -> str:
+        """Those of ZeRO++."""
+        return ", ".join(key for key in self.zero if key.startswith(_ZERO_PLUS_PLUS))
 
 
-def _world(facts: Facts) -> str | None:
-    if facts.dp is not None:
-        return None
-    return (
-        f"world size {facts.world_size} is not divisible by tensor_parallel_size={facts.tp} x "
-        f"pipeline_parallel_size={facts.pp}"
-    )
+@dataclass(frozen=True)
+class Rule(Generic[Seen]):
+    """One combination that does not work: of settings (`Config`), or in a layout (`Facts`)."""
 
+    combination: str
+    """In words, for the docs."""
+    is_there: Callable[[Seen], bool]
+    """Whether it has been asked for."""
+    found: str
+    """Where it is there, the offending values; filled in from what the rule sees, as {0.name}."""
+    reason: str
+    """Why."""
+    remedy: str
+    """What to change."""
+    is_warning: bool = False
+    """Whether the run goes on."""
 
-def _batch(facts: Facts) -> str | None:
-    batch, dp = facts.config.batch, facts.dp
-    if dp is None or batch.gradient_accumulation_steps(dp) is not None:
-        return None
-    return (
-        f"global_batch_size={batch.global_batch_size} is not divisible by micro_batch_size="
-        f"{batch.micro_batch_size} x data-parallel size {dp} = {batch.micro_batch_size * dp}"
-    )
-
-
-def _heads(facts: Facts) -> str | None:
-    heads = facts.config.model.num_attention_heads
-    if heads % facts.tp == 0:
-        return None
-    return f"num_attention_heads={heads} is not divisible by tensor_parallel_size={facts.tp}"
-
-
-def _kv_heads(facts: Facts) -> str | None:
-    heads = facts.config.model.kv_heads
-    if heads % facts.tp == 0 or facts.tp % heads == 0:
-        return None
-    return f"num_kv_heads={heads} and tensor_parallel_size={facts.tp}: neither divides the other"
-
-
-def _ffn(facts: Facts) -> str | None:
-    size = facts.config.model.ffn_size
-    if size % facts.tp == 0:
-        return None
-    return f"ffn_hidden_size={size} is not divisible by tensor_parallel_size={facts.tp}"
-
-
-def _sequence(facts: Facts) -> str | None:
-    length = facts.config.model.seq_length
-    if not facts.config.parallel.sequence_parallel or length % facts.tp == 0:
-        return None
-    return (
-        f"seq_length={length} is not divisible by tensor_parallel_size={facts.tp} with "
-        "sequence_parallel"
-    )
-
-
-def _layers(facts: Facts) -> str | None:
-    layers = facts.config.model.num_layers
-    if facts.pp <= layers:
-        return None
-    return f"pipeline_parallel_size={facts.pp} is above num_layers={layers}"
-
-
-def _pipeline_stage(facts: Facts) -> str | None:
-    if facts.pp == 1 or facts.stage in (0, 1, None):
-        return None
-    return (
-        f"pipeline_parallel_size={facts.pp} with zero_optimization.stage={facts.stage} is not "
-        "supported"
-    )
-
-
-def _pipeline_overlap(facts: Facts) -> str | None:
-    if facts.pp == 1 or facts.zero.get("overlap_comm") is not True:
-        return None
-    return f"zero_optimization.overlap_comm=true with pipeline_parallel_size={facts.pp}"
-
-
-def _pipeline_timers(facts: Facts) -> str | None:
-    values = facts.ds_config
-    if facts.pp == 1 or not values.get("wall_clock_breakdown") or values.get("steps_per_print"):
-        return None
-    return f"wall_clock_breakdown=true with pipeline_parallel_size={facts.pp}"
-
-
-def _bubble(facts: Facts) -> str | None:
-    if facts.dp is None:
-        return None
-    micro_batches = facts.config.batch.gradient_accumulation_steps(facts.dp)
-    if micro_batches is None or micro_batches >= facts.pp:
-        return None
-    return f"{micro_batches} micro-batches a step are fewer than pipeline_parallel_size={facts.pp}"
-
-
-def _low_precision(facts: Facts) -> str | None:
-    precision = facts.config.training.precision
-    if precision == "fp32" or facts.stage != 0:
-        return None
-    return f"--training.precision={precision} with zero_optimization.stage=0 is not supported"
-
-
-def _fp16(facts: Facts) -> str | None:
-    if facts.config.training.precision != "fp16" or facts.device != "cpu":
-        return None
-    return "--training.precision=fp16 cannot be trained on cpu"
-
-
-def _parameter_offload(facts: Facts) -> str | None:
-    target = facts.offload("param")
-    if target == "none" or facts.stage in (3, None):
-        return None
-    return (
-        f"zero_optimization.offload_param.device={target} needs stage 3 and stage is {facts.stage}"
-    )
-
-
-def _optimizer_offload(facts: Facts) -> str | None:
-    target = facts.offload("optimizer")
-    if target == "none" or facts.stage != 0:
-        return None
-    return (
-        f"zero_optimization.offload_optimizer.device={target} needs stage 1, 2 or 3 and stage is 0"
-    )
-
-
-def _optimizer_nvme(facts: Facts) -> str | None:
-    if facts.offload("optimizer") != "nvme" or facts.stage in (0, 3, None):
-        return None
-    return (
-        f"zero_optimization.offload_optimizer.device=nvme needs stage 3 and stage is {facts.stage}"
-    )
-
-
-def _stage3_keys(facts: Facts) -> str | None:
-    keys = [key for key in facts.zero if key.startswith(STAGE3_KEYS)]
-    if not keys or facts.stage in (3, None):
-        return None
-    return f"zero_optimization.{{{', '.join(keys)}}} have no effect under stage {facts.stage}"
-
-
-def _zero_plus_plus(facts: Facts) -> str | None:
-    keys = [key for key in facts.zero if key.startswith(("zero_hpz_", "zero_quantized_"))]
-    if not keys or facts.tp == 1:
-        return None
-    return f"zero_optimization.{{{', '.join(keys)}}} with tensor_parallel_size={facts.tp}"
-
-
-def _async_save(facts: Facts) -> str | None:
-    if not facts.config.checkpoint.async_save or facts.offload("optimizer") != "nvme":
-        return None
-    return "checkpoint.async_save=true with zero_optimization.offload_optimizer.device=nvme"
+    def message(self, seen: Seen) -> str | None:
+        """One clause with values, reason and remedy, or None."""
+        if not self.is_there(seen):
+            return None
+        return f"{self.found.format(seen)}: {self.reason}; {self.remedy}"
 
 
 _TP = "choose a tensor_parallel_size that divides it"
@@ -180,133 +112,167 @@ _TP = "choose a tensor_parallel_size that divides it"
 _OF_SETTINGS: tuple[Rule[Config], ...] = (
     Rule(
         "warmup_steps that reach decay_steps, by default train_steps",
+        lambda c: c.optimizer.warmup_steps >= c.decay_steps,
+        "warmup_steps={0.optimizer.warmup_steps} leaves nothing of decay_steps={0.decay_steps}",
         "the schedule goes on after its warm-up",
         "choose a shorter warm-up",
-        _warmup,
     ),
     Rule(
         "wsd_decay_steps longer than decay_steps without warmup_steps",
+        lambda c: 0 < c.decay_steps - c.optimizer.warmup_steps < c.wsd_decay_steps,
+        "wsd_decay_steps={0.wsd_decay_steps} does not fit between warmup_steps="
+        "{0.optimizer.warmup_steps} and decay_steps={0.decay_steps}",
         "the final decay begins after the warm-up",
         "choose fewer, or a shorter warm-up",
-        _wsd,
     ),
 )
 
 _OF_LAYOUTS: tuple[Rule[Facts], ...] = (
     Rule(
         "ranks not a multiple of tensor_parallel_size x pipeline_parallel_size",
+        lambda f: f.dp is None,
+        "world size {0.world_size} is not divisible by tensor_parallel_size={0.tp} x "
+        "pipeline_parallel_size={0.pp}",
         "data parallelism takes what is left of the world",
         "start a multiple of that product",
-        _world,
     ),
     Rule(
         "global_batch_size not a multiple of micro_batch_size x data-parallel ranks",
+        lambda f: f.dp is not None and f.micro_batches is None,
+        "global_batch_size={0.config.batch.global_batch_size} is not divisible by micro_batch_size="
+        "{0.config.batch.micro_batch_size} x data-parallel size {0.dp} = {0.samples_at_once}",
         "every rank runs the same number of micro-batches, all of one size",
         "choose a multiple of that product for --batch.global_batch_size",
-        _batch,
     ),
     Rule(
         "tensor_parallel_size that does not divide num_attention_heads",
+        lambda f: f.config.model.num_attention_heads % f.tp != 0,
+        "num_attention_heads={0.config.model.num_attention_heads} is not divisible by "
+        "tensor_parallel_size={0.tp}",
         "each rank takes whole heads",
         _TP,
-        _heads,
     ),
     Rule(
         "num_kv_heads and tensor_parallel_size of which neither divides the other",
+        lambda f: f.config.model.kv_heads % f.tp != 0 != f.tp % f.config.model.kv_heads,
+        "num_kv_heads={0.config.model.kv_heads} and tensor_parallel_size={0.tp}: neither "
+        "divides the other",
         "key/value heads are split evenly, or each is shared by as many ranks",
         "choose a tensor_parallel_size that divides num_kv_heads or is a multiple of it",
-        _kv_heads,
     ),
     Rule(
         "tensor_parallel_size that does not divide the width of the MLP",
+        lambda f: f.config.model.ffn_size % f.tp != 0,
+        "ffn_hidden_size={0.config.model.ffn_size} is not divisible by tensor_parallel_size={0.tp}",
         "it is split evenly",
         f"{_TP}, or another ffn_hidden_size",
-        _ffn,
     ),
     Rule(
         "sequence_parallel with a seq_length that tensor_parallel_size does not divide",
+        lambda f: f.config.parallel.sequence_parallel and f.config.model.seq_length % f.tp != 0,
+        "seq_length={0.config.model.seq_length} is not divisible by tensor_parallel_size={0.tp} "
+        "with sequence_parallel",
         "the sequence is split evenly",
         "choose a multiple, or turn sequence_parallel off",
-        _sequence,
     ),
     Rule(
         "pipeline_parallel_size above num_layers",
+        lambda f: f.pp > f.config.model.num_layers,
+        "pipeline_parallel_size={0.pp} is above num_layers={0.config.model.num_layers}",
         "every stage holds a block",
         "choose at most one stage for each layer",
-        _layers,
     ),
     Rule(
         "pipeline with ZeRO stage 2 or 3",
+        lambda f: f.pp > 1 and f.stage not in (0, 1, None),
+        "pipeline_parallel_size={0.pp} with zero_optimization.stage={0.stage} is not supported",
         "gradients accumulate over the micro-batches in flight, which ZeRO-2 and 3 cut up",
         "set stage 1, or pipeline_parallel_size 1",
-        _pipeline_stage,
     ),
     Rule(
         "pipeline with overlap_comm",
+        lambda f: f.pp > 1 and f.zero.get("overlap_comm") is True,
+        "zero_optimization.overlap_comm=true with pipeline_parallel_size={0.pp}",
         "DeepSpeed would turn it off, for its pipeline reduces at the end of the step",
         "remove it or set it to false",
-        _pipeline_overlap,
     ),
     Rule(
         "pipeline with wall_clock_breakdown and no steps_per_print",
+        lambda f: (
+            f.pp > 1
+            and bool(f.ds_config.get("wall_clock_breakdown"))
+            and not f.ds_config.get("steps_per_print")
+        ),
+        "wall_clock_breakdown=true with pipeline_parallel_size={0.pp}",
         "DeepSpeed's pipeline prints its timers every steps_per_print steps, and fails without",
         "give steps_per_print too, or remove it",
-        _pipeline_timers,
     ),
     Rule(
         "async_save with the optimizer's state on NVMe",
+        lambda f: f.config.checkpoint.async_save and f.offload("optimizer") == "nvme",
+        "checkpoint.async_save=true with zero_optimization.offload_optimizer.device=nvme",
         "its copy in host memory is what the offload is there to avoid",
         "leave --checkpoint.async_save out",
-        _async_save,
     ),
     Rule(
         "fewer micro-batches than pipeline stages",
+        lambda f: f.micro_batches is not None and f.micro_batches < f.pp,
+        "{0.micro_batches} micro-batches a step are fewer than pipeline_parallel_size={0.pp}",
         "stages stand idle for (stages - 1) / (micro-batches + stages - 1) of the step",
         "raise --batch.global_batch_size or lower --batch.micro_batch_size",
-        _bubble,
         is_warning=True,
     ),
     Rule(
         "bf16 or fp16 with ZeRO stage 0",
+        lambda f: f.config.training.precision != "fp32" and f.stage == 0,
+        "--training.precision={0.config.training.precision} with zero_optimization.stage=0 "
+        "is not supported",
         "DeepSpeed cannot accumulate its gradients in fp32 there",
         "set stage 1, or precision fp32",
-        _low_precision,
     ),
     Rule(
         "fp16 on the CPU",
+        lambda f: f.config.training.precision == "fp16" and f.device == "cpu",
+        "--training.precision=fp16 cannot be trained on cpu",
         "most CPUs have no fp16 arithmetic, and no parity cell proves it on the others",
         "set --training.precision bf16 or fp32",
-        _fp16,
     ),
     Rule(
         "offload_param without stage 3",
+        lambda f: f.offload("param") != "none" and f.stage not in (3, None),
+        "zero_optimization.offload_param.device={0.zero[offload_param][device]} needs stage 3 and "
+        "stage is {0.stage}",
         "only stage 3 divides parameters",
         "set stage 3, or remove offload_param",
-        _parameter_offload,
     ),
     Rule(
         "offload_optimizer with stage 0",
+        lambda f: f.offload("optimizer") != "none" and f.stage == 0,
+        "zero_optimization.offload_optimizer.device={0.zero[offload_optimizer][device]} needs "
+        "stage 1, 2 or 3 and stage is 0",
         "stage 0 has no partitioned optimizer to offload",
         "set stage 1, or remove offload_optimizer",
-        _optimizer_offload,
     ),
     Rule(
         "offload_optimizer to nvme without stage 3",
+        lambda f: f.offload("optimizer") == "nvme" and f.stage not in (0, 3, None),
+        "zero_optimization.offload_optimizer.device=nvme needs stage 3 and stage is {0.stage}",
         "DeepSpeed swaps optimizer state in stage 3 only",
         "set stage 3, or device cpu",
-        _optimizer_nvme,
     ),
     Rule(
         "stage-3 keys under another stage",
+        lambda f: bool(f.stage3_keys) and f.stage not in (3, None),
+        "zero_optimization.{{{0.stage3_keys}}} have no effect under stage {0.stage}",
         "a setting without effect hides a mistake",
         "remove them, or set stage 3",
-        _stage3_keys,
     ),
     Rule(
         "ZeRO++ (zero_hpz_*, zero_quantized_*) with tensor parallelism",
+        lambda f: bool(f.zero_plus_plus_keys) and f.tp > 1,
+        "zero_optimization.{{{0.zero_plus_plus_keys}}} with tensor_parallel_size={0.tp}",
         "no parity cell proves it",
         "remove them, or set tensor_parallel_size 1",
-        _zero_plus_plus,
     ),
 )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config.command_line import parse_config
-from megagpt.config.rule import Device
+from megagpt.config.refusals import Device
 from megagpt.operations.prebuild import remove_stale_locks
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from megagpt.config.deepspeed_config import (
     format_resolved_table,
     resolve_ds_config,
 )
-from megagpt.config.rule import Device
+from megagpt.config.refusals import Device
 from megagpt.config.schema import Config, DataConfig
 from megagpt.data.datasets import Dataset, build_datasets, data_fingerprint, first_prefix
 from megagpt.data.indexed.manifest import Manifest, read_manifest

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from megagpt.checkpoint.format.shard_file import (
     FileRecord,
 )
 from megagpt.checkpoint.format.slices import Slice, is_partition
-from megagpt.config.command_line import config_from_dict, config_to_dict
+from megagpt.config.command_line import config_from_dict
 from megagpt.config.schema import Config
 from megagpt.files import write_atomically
 
@@ -116,6 +117,11 @@ class TensorRecord:
     pieces: tuple[Piece, ...]
     """In the order of the shards; together they are the tensor, each element once."""
 
+    @property
+    def num_elements(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class CheckpointManifest:
@@ -202,9 +208,7 @@ def read_links(directory: Path) -> Links | None:
             for _ in range(_HEAD_LINES):
                 text = file.readline(_MAX_LINE_BYTES).decode().strip("{, \n")
                 values |= json.loads(f"{{{text}}}")
-        line = tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"])
-        previous = None if values["previous"] is None else str(values["previous"])
-        return Links(str(values["sha256"]), str(values["created"]), previous, line)
+        return _decode_links(values)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -225,7 +229,6 @@ def _verified(content: bytes, path: Path) -> dict[str, Any]:
 
 def _encode(manifest: CheckpointManifest) -> str:
     """One line for each tensor and file, so that a person can read it."""
-    state = dataclasses.asdict(manifest.state) | {"config": config_to_dict(manifest.state.config)}
     head = {
         "format": FORMAT,
         "sha256": _NO_DIGEST,
@@ -234,7 +237,7 @@ def _encode(manifest: CheckpointManifest) -> str:
         "line": manifest.line,
         "versions": dict(manifest.versions),
         "layout": dataclasses.asdict(manifest.layout),
-        "state": state,
+        "state": dataclasses.asdict(manifest.state),
         "block_bytes": BLOCK_BYTES,
     }
     tensors = {
@@ -276,30 +279,26 @@ def _decode(values: dict[str, Any]) -> CheckpointManifest:
         tensors=tensors,
         files={name: _decode_file(entry) for name, entry in values["files"].items()},
         versions=values["versions"],
-        created=values["created"],
-        previous=values["previous"],
-        line=tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"]),
-        sha256=values["sha256"],
+        **_decode_links(values)._asdict(),
     )
+
+
+def _decode_links(values: dict[str, Any]) -> Links:
+    line = tuple((_whole_number(step), str(sha256)) for step, sha256 in values["line"])
+    previous = None if values["previous"] is None else str(values["previous"])
+    return Links(str(values["sha256"]), str(values["created"]), previous, line)
 
 
 def _decode_tensor(entry: dict[str, Any]) -> TensorRecord:
-    pieces = tuple(
-        Piece(
-            _whole_number(p["shard"]),
-            Slice(
-                _pair(p["rows"]),
-                _pair(p["columns"]),
-                _whole_number(p["start"]),
-                _whole_number(p["end"]),
-            ),
-        )
-        for p in entry["pieces"]
-    )
+    pieces = []
+    for p in entry["pieces"]:
+        rows, columns = _pair(p["rows"]), _pair(p["columns"])
+        part = Slice(rows, columns, _whole_number(p["start"]), _whole_number(p["end"]))
+        pieces.append(Piece(_whole_number(p["shard"]), part))
     shape = tuple(_whole_number(size) for size in entry["shape"])
     if not 1 <= len(shape) <= 2 or entry["dtype"] != "F32":
         raise TypeError(f"shape {list(shape)} of {entry['dtype']}")
-    return TensorRecord(shape, pieces)
+    return TensorRecord(shape, tuple(pieces))
 
 
 def _decode_file(entry: dict[str, Any]) -> FileRecord:

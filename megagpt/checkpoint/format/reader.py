@@ -7,8 +7,8 @@ Knows no torch. Next file: `megagpt/checkpoint/loader.py`, its caller.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -86,10 +86,8 @@ class CheckpointReader:
                 found += overlap.size
                 for kind, target in targets.items():
                     in_optimizer, key = tensor_key(kind, name)
-                    file = self._file(
-                        (optimizer_file if in_optimizer else weights_file)(piece.shard)
-                    )
-                    _read_overlap(file, key, overlap, target)
+                    name_of = optimizer_file if in_optimizer else weights_file
+                    _read_overlap(self._file(name_of(piece.shard)), key, overlap, target)
         if found != part.size:
             raise ValueError(
                 f"{self.directory} has {found} of the {part.size} elements of {name} that are "
@@ -103,15 +101,9 @@ class CheckpointReader:
         self.read_into(name, whole(record.shape), {kind: values})
         return values.reshape(record.shape)
 
-    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every weight by canonical name, one at a time."""
-        for name in self.manifest.tensors:
-            yield name, self.tensor(name)
-
     def extra(self, shard: int, name: str) -> np.ndarray | None:
         """What a rank keeps beside the parameters; None if it keeps none of the name."""
-        file = self._file(optimizer_file(shard))
-        return file.read(name) if name in file.names() else None
+        return self._file(optimizer_file(shard)).read(name)
 
     def _file(self, name: str) -> ShardReader:
         file = self._files.pop(name, None)
@@ -155,15 +147,10 @@ def verify_checkpoint(directory: Path) -> list[str]:
 
 def _damages(path: Path, record: FileRecord) -> list[str]:
     try:
-        file = ShardReader(path, record)
+        with closing(ShardReader(path, record)) as file:
+            return list(file.damages())
     except (DamagedCheckpoint, OSError) as error:
         return [str(error)]
-    try:
-        return list(file.damages())
-    except OSError as error:
-        return [f"{path}: {error}"]
-    finally:
-        file.close()
 
 
 def stray_files(directory: Path, manifest: CheckpointManifest) -> list[str]:

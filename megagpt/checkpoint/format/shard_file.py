@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,24 @@ class FileRecord:
     """Which hash, of HASHES."""
 
 
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], **more: Any
+) -> bytes:
+    """What a file begins with.
+
+    Args:
+        tensors: (type in safetensors' words, shape, bytes) by name, in the order of the file.
+        more: Further entries, which stand first.
+    """
+    header, offset = more, 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class ShardWriter:
     """Writes the tensors of a file in the order of its header.
 
@@ -76,19 +95,16 @@ class ShardWriter:
         self._hash = HASHES[_WRITTEN]()
         self._num_bytes = 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        header, offset = {}, 0
-        for name, (shape, dtype) in tensors.items():
-            end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        entries = {
+            name: (_NAMES[dtype], shape, dtype.itemsize * math.prod(shape))
+            for name, (shape, dtype) in tensors.items()
+        }
         try:
-            self._write(memoryview(len(text).to_bytes(8, "little") + text))
+            self._write(memoryview(safetensors_header(entries)))
         except BaseException:
             self.abandon()
             raise
-        self._expected_bytes = self._num_bytes + offset
+        self._expected_bytes = self._num_bytes + sum(size for *_, size in entries.values())
 
     def write(self, values: np.ndarray) -> None:
         """Appends a tensor or a part of one; its memory may change when this returns."""
@@ -136,8 +152,7 @@ class ShardWriter:
 class BlockCache:
     """The blocks that were read last, of any file: small tensors stand many to a block.
 
-    Args:
-        max_bytes: Of all blocks; one is always kept.
+    One is kept even where it is more than `max_bytes`.
     """
 
     def __init__(self, max_bytes: int = BLOCK_BYTES) -> None:
@@ -163,12 +178,7 @@ class BlockCache:
 
 
 class ShardReader:
-    """Reads verified parts of a file.
-
-    Args:
-        path: The file.
-        record: What its manifest says of it.
-        cache: Of its blocks, and of other files' that are read along with it.
+    """Reads verified parts of a file; the cache may hold blocks of other files too.
 
     Raises:
         DamagedCheckpoint: If it is missing, or has another length.
@@ -198,10 +208,6 @@ class ShardReader:
         """Closes the file."""
         os.close(self._descriptor)
 
-    def names(self) -> list[str]:
-        """Tensors of the file."""
-        return list(self._tensors)
-
     def read_into(self, name: str, first: int, target: np.ndarray) -> None:
         """Reads consecutive elements of a tensor.
 
@@ -211,9 +217,11 @@ class ShardReader:
             target: [elements], contiguous, of the tensor's type.
 
         Raises:
-            DamagedCheckpoint: If a block is not the one that was written.
+            DamagedCheckpoint: If there is none, or a block is not the one that was written.
         """
-        begin, end, dtype = self._place(name)
+        if name not in self._tensors:
+            raise DamagedCheckpoint(f"{self.path} has no tensor {name}")
+        begin, end, dtype = self._tensors[name]
         assert target.flags.c_contiguous
         if target.dtype != dtype:
             raise DamagedCheckpoint(f"{self.path}: {name} is of another type than asked for")
@@ -222,9 +230,11 @@ class ShardReader:
             raise DamagedCheckpoint(f"{self.path}: {name} is shorter than its manifest says")
         self._read_verified(begin, target.data.cast("B"))
 
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor, flat."""
-        begin, end, dtype = self._place(name)
+    def read(self, name: str) -> np.ndarray | None:
+        """A whole tensor, flat; None if the file has none of the name."""
+        if name not in self._tensors:
+            return None
+        begin, end, dtype = self._tensors[name]
         values = np.empty((end - begin) // dtype.itemsize, dtype)
         self.read_into(name, 0, values)
         return values
@@ -236,12 +246,6 @@ class ShardReader:
                 self._read_block(number)
             except DamagedCheckpoint as error:
                 yield str(error)
-
-    def _place(self, name: str) -> tuple[int, int, np.dtype]:
-        place = self._tensors.get(name)
-        if place is None:
-            raise DamagedCheckpoint(f"{self.path} has no tensor {name}")
-        return place
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[int, int, np.dtype]]:

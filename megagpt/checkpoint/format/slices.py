@@ -58,15 +58,8 @@ class Slice:
                 num_rows, num_columns = 1, min(self.width - column, self.end - position)
             else:
                 num_rows, num_columns = (self.end - position) // self.width, self.width
-            pieces.append(
-                _Rectangle(
-                    self.rows[0] + row,
-                    self.columns[0] + column,
-                    num_rows,
-                    num_columns,
-                    position - self.start,
-                )
-            )
+            corner = self.rows[0] + row, self.columns[0] + column
+            pieces.append(_Rectangle(*corner, num_rows, num_columns, position - self.start))
             position += num_rows * num_columns
         return pieces
 
@@ -135,9 +128,7 @@ class Overlap(NamedTuple):
 
 def overlaps(target: Slice, source: Slice) -> list[Overlap]:
     """What two slices of one tensor share, as rectangles."""
-    if min(target.rows[1], source.rows[1]) <= max(target.rows[0], source.rows[0]) or min(
-        target.columns[1], source.columns[1]
-    ) <= max(target.columns[0], source.columns[0]):
+    if not _meet((target.rows, target.columns), (source.rows, source.columns)):
         return []
     shared = []
     for a in target.rectangles():

@@ -154,7 +154,9 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     bias = _flag(values, "attention_bias", default=False)
     if architecture == "llama" and _flag(values, "mlp_bias", default=False) != bias:
         raise _unsupported("mlp_bias", not bias, f"attention_bias={bias}")
-    _require_full_attention(values)
+    for kind in values.get("layer_types") or ():
+        if kind != "full_attention":
+            raise _unsupported("layer_types", kind, "full_attention")
     return ModelConfig(
         num_layers=_whole(values, "num_hidden_layers"),
         hidden_size=hidden_size,
@@ -172,12 +174,6 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
         qk_norm=architecture == "qwen3",
         tie_embeddings=_flag(values, "tie_word_embeddings", default=False),
     )
-
-
-def _require_full_attention(values: Mapping[str, Any]) -> None:
-    for kind in values.get("layer_types") or ():
-        if kind != "full_attention":
-            raise _unsupported("layer_types", kind, "full_attention")
 
 
 def _rope_theta(values: Mapping[str, Any]) -> float:

@@ -19,6 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from megagpt import __version__
 from megagpt.checkpoint.directory import find_checkpoint, step_directory, write_latest
 from megagpt.checkpoint.format.manifest import (
+    KINDS,
     CheckpointManifest,
     CheckpointState,
     Layout,
@@ -58,7 +59,6 @@ MODEL_FILE = "model.yaml"
 """The settings of an imported model, for the run that trains it on."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_FLOAT32 = np.dtype(np.float32)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -270,11 +270,7 @@ def _write_step(
     step: Path, state: CheckpointState, shapes: Shapes, read: Callable[[str], np.ndarray]
 ) -> str:
     """Writes a step as one rank would, with moments of 0; returns the hash of its manifest."""
-    moments = {
-        tensor_key(kind, name)[1]: shape
-        for name, shape in shapes.items()
-        for kind in ("exp_avg", "exp_avg_sq")
-    }
+    moments = {tensor_key(kind, n)[1]: s for n, s in shapes.items() for kind in KINDS[1:]}
 
     def zeros(name: str) -> np.ndarray:
         return np.zeros(moments[name], np.float32)
@@ -298,7 +294,8 @@ def _write_step(
 
 
 def _write_values(path: Path, shapes: Shapes, read: Callable[[str], np.ndarray]) -> FileRecord:
-    writer = ShardWriter(path, {name: (shape, _FLOAT32) for name, shape in shapes.items()})
+    float32 = np.dtype(np.float32)
+    writer = ShardWriter(path, {name: (shape, float32) for name, shape in shapes.items()})
     try:
         for name in shapes:
             writer.write(read(name))

@@ -18,6 +18,7 @@ import safetensors
 import torch
 
 from megagpt.checkpoint.directory import publish, staging_directory
+from megagpt.checkpoint.format.shard_file import safetensors_header
 from megagpt.files import flush_to_disk
 
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,10 +53,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 class HuggingFaceFolder:
-    """An open folder of transformers; a context manager.
-
-    Args:
-        directory: With config.json and safetensors.
+    """An open folder of transformers, with config.json and safetensors; a context manager.
 
     Raises:
         ValueError: If it has none, or is inconsistent.
@@ -69,12 +67,10 @@ class HuggingFaceFolder:
         self._open_files = ExitStack()
 
     def __enter__(self) -> HuggingFaceFolder:
-        try:
+        with self._open_files as on_error:
             for file in _weight_files(self.directory):
                 self._open(file)
-        except BaseException:
-            self._open_files.close()
-            raise
+            self._open_files = on_error.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -174,20 +170,11 @@ def write_safetensors(
     Raises:
         ValueError: If a finite value is beyond the type.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + num_bytes(shape, dtype)
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": shape,
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    kind = _SAFETENSORS_NAMES[dtype]
+    entries = {name: (kind, shape, num_bytes(shape, dtype)) for name, shape in shapes.items()}
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        # transformers asks for the metadata
+        file.write(safetensors_header(entries, __metadata__={"format": "pt"}))
         for name in shapes:
             file.write(_encoded(read(name), name, dtype).data.cast("B"))
         flush_to_disk(file)

@@ -19,6 +19,29 @@ from megagpt.model.initialization import VOCABULARY_WEIGHTS
 _PREFIXES: dict[Architecture, str] = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model."}
 """Of the model without its output layer; files of some models leave it out."""
 
+_GPT2_BLOCK = {
+    "ln_1": ["attention_norm"],
+    "attn.c_attn": ["attention.query", "attention.key", "attention.value"],
+    "attn.c_proj": ["attention.output"],
+    "ln_2": ["mlp_norm"],
+    "mlp.c_fc": ["mlp.up"],
+    "mlp.c_proj": ["mlp.down"],
+}
+_LLAMA_BLOCK = {
+    "input_layernorm": ["attention_norm"],
+    "post_attention_layernorm": ["mlp_norm"],
+    "self_attn.q_norm": ["attention.query_norm"],
+    "self_attn.k_norm": ["attention.key_norm"],
+    "self_attn.q_proj": ["attention.query"],
+    "self_attn.k_proj": ["attention.key"],
+    "self_attn.v_proj": ["attention.value"],
+    "self_attn.o_proj": ["attention.output"],
+    "mlp.gate_proj": ["mlp.gate"],
+    "mlp.up_proj": ["mlp.up"],
+    "mlp.down_proj": ["mlp.down"],
+}
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
 # Masks and frequencies that older versions saved beside the weights.
 _NO_WEIGHT = re.compile(
     r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -44,8 +67,30 @@ class TensorMap:
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Every tensor of a model in their files, in the order of the model."""
-    architecture = architecture_of(config)
-    maps = _gpt2_maps(config) if architecture == "gpt2" else _llama_maps(config)
+    is_gpt2 = architecture_of(config) == "gpt2"
+    if is_gpt2:
+        blocks, layer, last = _GPT2_BLOCK, "transformer.h", "transformer.ln_f"
+        embeddings = {"transformer.wte": "word", "transformer.wpe": "position"}
+    else:
+        blocks, layer, last = _LLAMA_BLOCK, "model.layers", "model.norm"
+        embeddings = {"model.embed_tokens": "word"}
+        if not config.qk_norm:
+            blocks = {theirs: ours for theirs, ours in blocks.items() if theirs not in _QK_NORMS}
+    maps = [
+        TensorMap(f"{theirs}.weight", (f"embedding.{ours}.weight",))
+        for theirs, ours in embeddings.items()
+    ]
+    modules = {
+        f"{layer}.{i}.{theirs}": [f"layers.{i}.{part}" for part in ours]
+        for i in range(config.num_layers)
+        for theirs, ours in blocks.items()
+    }
+    for module, parts in (modules | {last: ["final_norm"]}).items():
+        has_bias = config.bias and (is_gpt2 or "norm" not in module)
+        for kind in ("weight", "bias") if has_bias else ("weight",):
+            is_transposed = is_gpt2 and kind == "weight" and ".c_" in module
+            ours_named = tuple(f"{part}.{kind}" for part in parts)
+            maps.append(TensorMap(f"{module}.{kind}", ours_named, is_transposed))
     if not config.tie_embeddings:
         maps.append(TensorMap("lm_head.weight", ("lm_head.weight",)))
     return maps
@@ -60,60 +105,6 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for name in shapes.keys() & set(VOCABULARY_WEIGHTS):
         shapes[name] = (config.vocab_size, config.hidden_size)
     return shapes
-
-
-def _gpt2_maps(config: ModelConfig) -> list[TensorMap]:
-    maps = [
-        TensorMap("transformer.wte.weight", ("embedding.word.weight",)),
-        TensorMap("transformer.wpe.weight", ("embedding.position.weight",)),
-    ]
-    modules: list[tuple[str, tuple[str, ...]]] = []
-    for i in range(config.num_layers):
-        theirs, ours = f"transformer.h.{i}", f"layers.{i}"
-        fused = tuple(f"{ours}.attention.{part}" for part in ("query", "key", "value"))
-        modules += [
-            (f"{theirs}.ln_1", (f"{ours}.attention_norm",)),
-            (f"{theirs}.attn.c_attn", fused),
-            (f"{theirs}.attn.c_proj", (f"{ours}.attention.output",)),
-            (f"{theirs}.ln_2", (f"{ours}.mlp_norm",)),
-            (f"{theirs}.mlp.c_fc", (f"{ours}.mlp.up",)),
-            (f"{theirs}.mlp.c_proj", (f"{ours}.mlp.down",)),
-        ]
-    modules.append(("transformer.ln_f", ("final_norm",)))
-    for module, parts in modules:
-        for kind in ("weight", "bias"):
-            is_transposed = kind == "weight" and ".c_" in module
-            ours_named = tuple(f"{part}.{kind}" for part in parts)
-            maps.append(TensorMap(f"{module}.{kind}", ours_named, is_transposed))
-    return maps
-
-
-def _llama_maps(config: ModelConfig) -> list[TensorMap]:
-    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
-    if config.qk_norm:
-        norms |= {
-            "self_attn.q_norm": "attention.query_norm",
-            "self_attn.k_norm": "attention.key_norm",
-        }
-    linears = {
-        "self_attn.q_proj": "attention.query",
-        "self_attn.k_proj": "attention.key",
-        "self_attn.v_proj": "attention.value",
-        "self_attn.o_proj": "attention.output",
-        "mlp.gate_proj": "mlp.gate",
-        "mlp.up_proj": "mlp.up",
-        "mlp.down_proj": "mlp.down",
-    }
-    maps = [TensorMap("model.embed_tokens.weight", ("embedding.word.weight",))]
-    for i in range(config.num_layers):
-        for theirs, ours in (norms | linears).items():
-            kinds = ("weight", "bias") if config.bias and theirs in linears else ("weight",)
-            maps += [
-                TensorMap(f"model.layers.{i}.{theirs}.{kind}", (f"layers.{i}.{ours}.{kind}",))
-                for kind in kinds
-            ]
-    maps.append(TensorMap("model.norm.weight", ("final_norm.weight",)))
-    return maps
 
 
 def places(names: Iterable[str], architecture: Architecture) -> dict[str, str]:

@@ -32,17 +32,12 @@ def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     for group in optimizer.param_groups:
         group["step"] = step
     for betas in {tuple(group["betas"]) for group in optimizer.param_groups}:
-        _replay(optimizer, step, betas)
-
-
-def _replay(optimizer: Any, step: int, betas: tuple[float, float]) -> None:
-    tell = _kernel(optimizer, betas)
-    if tell is None:
-        return
-    # Far in, a jump is as good, for nothing is left of beta^t.
-    first = step if max(betas) ** step < _NEGLIGIBLE else 1
-    for number in range(first, step + 1):
-        tell(number)
+        if (tell := _kernel(optimizer, betas)) is None:
+            continue
+        # Far in, a jump is as good, for nothing is left of beta^t.
+        first = step if max(betas) ** step < _NEGLIGIBLE else 1
+        for number in range(first, step + 1):
+            tell(number)
 
 
 def _kernel(optimizer: Any, betas: tuple[float, float]) -> Callable[[int], None] | None:

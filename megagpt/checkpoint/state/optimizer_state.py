@@ -11,9 +11,10 @@ Next file: `parts.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import deepspeed
@@ -43,11 +44,7 @@ class Held:
 
 
 class OptimizerState(ABC):
-    """The state that this rank holds, in units.
-
-    Args:
-        engine: Built; its optimizer may not have made a step yet.
-    """
+    """The state that this rank holds, in units; the optimizer may not have made a step yet."""
 
     is_replicated = False
     """Whether every data-parallel rank holds the same."""
@@ -63,11 +60,7 @@ class OptimizerState(ABC):
     @abstractmethod
     @contextmanager
     def unit(self, number: int, *, writes: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """Brings a unit into memory; its tensors are views of the state itself.
-
-        Args:
-            number: Of the unit.
-            writes: Whether the tensors will be changed.
+        """Brings a unit into memory; its tensors are views of the state, to be changed if `writes`.
 
         Yields:
             For each of the unit's ranges, [elements] in float32 by kind.
@@ -106,6 +99,21 @@ class OptimizerState(ABC):
         """The one that holds the moments."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
+    def _views(
+        self, master: torch.Tensor, ranges: Iterable[tuple[int, int]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Ranges (first element, size) of a master and its moments, made where no step has."""
+        state = self._adam.state[master]
+        for kind in _MOMENTS:
+            if kind not in state:
+                state[kind] = torch.zeros_like(master.data, dtype=torch.float32)
+        state.setdefault("step", 0)
+        tensors = {"weight": master.data, **{kind: state[kind] for kind in _MOMENTS}}
+        return [
+            {kind: tensor.view(-1)[at : at + size] for kind, tensor in tensors.items()}
+            for at, size in ranges
+        ]
+
 
 def optimizer_state(engine: deepspeed.DeepSpeedEngine) -> OptimizerState:
     """The one for the engine's optimizer."""
@@ -115,16 +123,6 @@ def optimizer_state(engine: deepspeed.DeepSpeedEngine) -> OptimizerState:
         return _PartitionedState(engine)
     assert isinstance(engine.optimizer, torch.optim.Optimizer), type(engine.optimizer)
     return _PlainState(engine)
-
-
-def _moments(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Adam's state of a tensor, made where no step has made it."""
-    state = optimizer.state[weight]
-    for kind in _MOMENTS:
-        if kind not in state:
-            state[kind] = torch.zeros_like(weight.data, dtype=torch.float32)
-    state.setdefault("step", 0)
-    return {kind: state[kind] for kind in _MOMENTS}
 
 
 class _PlainState(OptimizerState):
@@ -141,13 +139,7 @@ class _PlainState(OptimizerState):
 
     @contextmanager
     def unit(self, number: int, *, writes: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
-        yield [
-            {
-                "weight": p.data.view(-1),
-                **{k: v.view(-1) for k, v in _moments(self.optimizer, p).items()},
-            }
-            for p in self._parameters()
-        ]
+        yield [self._views(p, [(0, p.numel())])[0] for p in self._parameters()]
 
 
 class _PartitionedState(OptimizerState):
@@ -170,9 +162,7 @@ class _PartitionedState(OptimizerState):
         """What of each parameter lies in this rank's partition, and where in it."""
         if isinstance(self.optimizer, BF16_Optimizer):
             parameters = self.optimizer.bf16_groups[number]
-            offsets = [0]
-            for parameter in parameters:
-                offsets.append(offsets[-1] + parameter.numel())
+            offsets = accumulate((p.numel() for p in parameters), initial=0)
         else:
             parameters = self.optimizer.round_robin_bit16_groups[number]
             offsets = self.optimizer.round_robin_bit16_offsets[number]
@@ -188,12 +178,8 @@ class _PartitionedState(OptimizerState):
 
     @contextmanager
     def unit(self, number: int, *, writes: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
-        master = self._masters[number]
-        tensors = {"weight": master.data, **_moments(self._adam, master)}
-        yield [
-            {k: t[at : at + held.end - held.start] for k, t in tensors.items()}
-            for held, at in self._ranges(number)
-        ]
+        ranges = [(at, held.end - held.start) for held, at in self._ranges(number)]
+        yield self._views(self._masters[number], ranges)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -225,16 +211,15 @@ class _Zero3State(OptimizerState):
         is_swapped = optimizer._swappable_optimizer_subgroup(number)
         if is_swapped:
             optimizer._optimizer_states_and_gradient_swap_in(number)
-        master = optimizer.fp32_partitioned_groups_flat[number]
-        tensors = {"weight": master.data, **_moments(self._adam, master)}
         ranges, offset = [], 0
         for parameter in optimizer.fp16_groups[number]:
             start, end = self._range(parameter)
             if start < end:
-                ranges.append({k: t[offset : offset + end - start] for k, t in tensors.items()})
+                ranges.append((offset, end - start))
             offset += parameter.ds_tensor.ds_numel
+        views = self._views(optimizer.fp32_partitioned_groups_flat[number], ranges)
         try:
-            yield ranges
+            yield views
         finally:  # after a damaged checkpoint too, for an older one may be loaded next
             if writes:
                 # The shards that the model gathers: rounded, in memory or in their files.

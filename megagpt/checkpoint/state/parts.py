@@ -53,13 +53,9 @@ Units = list[list[Part | None]]
 def held_parts(
     state: OptimizerState, names: dict[int, str], groups: ProcessGroups, *, vocab_size: int
 ) -> Units:
-    """What this rank holds of every parameter.
+    """What this rank holds of every parameter; `names` are canonical, by the parameter's id().
 
-    Args:
-        state: Of the engine.
-        names: Canonical name of each parameter, by its id().
-        groups: Of the layout.
-        vocab_size: Rows of embedding and output layer that are not padding.
+    Of embedding and output layer, rows beyond `vocab_size` are padding.
     """
 
     def part(held: Held) -> Part | None:

@@ -1,11 +1,13 @@
 """What a rank writes, in order: straight from the optimizer's state, or from a copy of it.
 
+And torch's generators; training draws nothing from them, what a user adds to it may.
+
 Next file: `megagpt/checkpoint/saver.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -15,6 +17,7 @@ from megagpt.checkpoint.format.manifest import KINDS
 from megagpt.checkpoint.state.optimizer_state import OptimizerState
 from megagpt.checkpoint.state.parts import Part, Units, owned_tensors
 
+_CPU, _CUDA = "random.cpu", "random.cuda"
 _CHUNK_ELEMENTS = 64 << 20
 """Torch rounds pinned memory up to a power of two, which this is."""
 
@@ -41,13 +44,7 @@ def _live_views(
 
 
 class HostCopy:
-    """A copy of it in host memory, which is kept from one save to the next.
-
-    Args:
-        state: Of the engine.
-        units: What this rank holds.
-        device: Where the state is.
-    """
+    """A copy of it in host memory, which is kept from one save to the next."""
 
     def __init__(self, state: OptimizerState, units: Units, device: torch.device) -> None:
         self._state = state
@@ -79,13 +76,9 @@ class HostCopy:
 
     def _allocate(self) -> list[torch.Tensor]:
         """Pinned, where a device copies to it by itself."""
-        left = sum(part.piece.size for _, part in owned_tensors(self._units))
-        chunks = []
-        while left:
-            size = min(left, _CHUNK_ELEMENTS)
-            chunks.append(torch.empty(size, dtype=torch.float32, pin_memory=self._is_cuda))
-            left -= size
-        return chunks
+        total = sum(part.piece.size for _, part in owned_tensors(self._units))
+        sizes = (min(_CHUNK_ELEMENTS, total - at) for at in range(0, total, _CHUNK_ELEMENTS))
+        return [torch.empty(s, dtype=torch.float32, pin_memory=self._is_cuda) for s in sizes]
 
     def _at(self, position: int, size: int) -> Iterator[torch.Tensor]:
         """The memory of so many elements, in one part for each chunk that they lie in."""
@@ -94,3 +87,20 @@ class HostCopy:
             found = self._chunks[number][offset : offset + size]
             yield found
             position, size = position + found.numel(), size - found.numel()
+
+
+def random_states() -> dict[str, np.ndarray]:
+    """The states of torch's generators, by the names under which they are kept."""
+    states = {_CPU: torch.get_rng_state().numpy()}
+    if torch.cuda.is_available():
+        states[_CUDA] = torch.cuda.get_rng_state().numpy()
+    return states
+
+
+def restore_random_states(read: Callable[[str], np.ndarray | None]) -> None:
+    """Sets those that are kept; `read` gives what is kept under a name, None if nothing is."""
+    cpu, cuda = read(_CPU), read(_CUDA)
+    if cpu is not None:
+        torch.set_rng_state(torch.from_numpy(cpu))
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(cuda))

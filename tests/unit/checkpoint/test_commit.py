@@ -116,7 +116,7 @@ def test_a_step_of_another_folder_is_not_of_the_line(
 def test_the_next_run_goes_on_from_what_was_saved_last(checkpoints, stage, make_state):
     committer = committer_of(checkpoints)
     committer.commit(make_state(10), stage(committer, 10))
-    committer.release()
+    committer.owner.release()
     saved = read_links(step_directory(checkpoints, 10))
     committer = committer_of(checkpoints)
     committer.commit(make_state(20), stage(committer, 20))

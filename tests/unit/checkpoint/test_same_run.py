@@ -122,8 +122,8 @@ def test_length_of_the_context_may_be_overridden_without_a_table_of_positions(ma
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("optimizer.lt", "did you mean optimizer.lr?"),
-        ("tokeniser", "did you mean tokenizer?"),
+        ("optimizer.lt", "did you mean 'optimizer.lr'?"),
+        ("tokeniser", "did you mean 'tokenizer'?"),
         ("training.train_steps", "did you mean"),
         ("xyz", "see docs/checkpoints.md"),
     ],

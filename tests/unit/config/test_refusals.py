@@ -8,8 +8,7 @@ import yaml  # type: ignore[import-untyped]
 
 from megagpt.config.command_line import config_from_dict, config_to_dict, parse_config
 from megagpt.config.deepspeed_config import resolve_ds_config
-from megagpt.config.refusals import RULES, find_problems, refuse_settings, rules_table
-from megagpt.config.rule import Facts
+from megagpt.config.refusals import RULES, Facts, find_problems, refuse_settings, rules_table
 from megagpt.config.schema import (
     BatchConfig,
     CheckpointConfig,

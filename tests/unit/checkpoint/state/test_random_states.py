@@ -2,7 +2,7 @@
 
 import torch
 
-from megagpt.checkpoint.state.random_states import random_states, restore_random_states
+from megagpt.checkpoint.state.snapshot import random_states, restore_random_states
 
 
 def test_restored_states_draw_the_same_again():
