@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from megagpt.model.dropout import dropout_keys
 from megagpt.model.loss import IGNORE_INDEX
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """What one forward pass of a data-parallel rank reads."""
 
     tokens: torch.Tensor
@@ -44,8 +43,7 @@ class MicroBatch:
 
     def pipeline_inputs(self) -> tuple[torch.Tensor, ...]:
         """What the first stage takes, see `megagpt.model.pipeline.GPTStage`."""
-        tensors = (self.tokens, self.labels, self.position_ids, self.dropout_keys)
-        return tuple(t for t in tensors if t is not None)
+        return tuple(tensor for tensor in self if tensor is not None)
 
 
 class Batches:
