@@ -87,15 +87,9 @@ def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: G
         # The padding of the last shards is never read as a weight, but it is summed in norms.
         padded = torch.zeros(size, dtype=parameter.dtype)
         padded[: mine.numel()].copy_(mine)
-        _write_shard(parameter, padded)
-
-
-def _write_shard(parameter: Any, values: torch.Tensor) -> None:
-    """Writes this rank's shard in memory, or in its file where parameters are on NVMe."""
-    if parameter.ds_tensor.final_location != OffloadDeviceEnum.nvme:
-        parameter.ds_tensor.copy_(values)
-        return
-    swapper = parameter.nvme_swapper
-    swapper.swap_in([parameter], async_op=False)
-    parameter.ds_tensor.copy_(values)
-    swapper.swap_out_and_release([parameter])
+        is_on_nvme = shard.final_location == OffloadDeviceEnum.nvme
+        if is_on_nvme:
+            parameter.nvme_swapper.swap_in([parameter], async_op=False)
+        parameter.ds_tensor.copy_(padded)
+        if is_on_nvme:
+            parameter.nvme_swapper.swap_out_and_release([parameter])

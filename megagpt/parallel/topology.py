@@ -35,10 +35,6 @@ class ParallelTopology:
         pp, dp = divmod(rest, self.data_parallel_size)
         return pp, dp, tp
 
-    def rank(self, *, pp: int, dp: int, tp: int) -> int:
-        """The rank at these coordinates."""
-        return (pp * self.data_parallel_size + dp) * self.tensor_parallel_size + tp
-
     def groups(self, *axes: Axis) -> list[list[int]]:
         """Ranks of each group whose members differ in these axes only, in rising order."""
         groups: dict[tuple[int, ...], list[int]] = {}
