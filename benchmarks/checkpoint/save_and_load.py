@@ -50,7 +50,7 @@ _STEPS, _SAVE_INTERVAL = 13, 4
 
 
 def _run(rank: int, layout_name: str, data: Path, output_dir: Path, *words: str) -> Any:
-    from megagpt.training.run import World, prepare_run
+    from megagpt.training.run import prepare_run, resolve_run
 
     layout = Layout.parse(layout_name)
     config, _, sources = parse_config(
@@ -61,14 +61,10 @@ def _run(rank: int, layout_name: str, data: Path, output_dir: Path, *words: str)
             *words,
         ]
     )
-    return prepare_run(
-        config,
-        layout.ds_config(),
-        ds_config_path=layout_name,
-        sources=sources,
-        world=World(rank, layout.world_size),
-        device="cpu",
+    resolved = resolve_run(
+        config, layout.ds_config(), sources=sources, world_size=layout.world_size, device="cpu"
     )
+    return prepare_run(resolved, rank=rank)
 
 
 def _timed(function: Callable[[], Any]) -> float:

@@ -87,20 +87,20 @@ def train(
         on_step: Called with the session after each step.
     """
     from megagpt.training.loop import loop
-    from megagpt.training.run import World, prepare_run
+    from megagpt.training.run import prepare_run, resolve_run
     from megagpt.training.start import start
 
     config, sources = _config(case, [*arguments, "--data.path", str(data)], output_dir)
     # DeepSpeed prints, and its logger keeps the stdout of its import; stdout is for the tables.
     with contextlib.redirect_stdout(sys.stderr):
-        run = prepare_run(
+        resolved = resolve_run(
             config,
             case.ds_config(),
-            ds_config_path=case.name,
             sources=sources,
-            world=World(rank, Layout.parse(case.layout).world_size),
+            world_size=Layout.parse(case.layout).world_size,
             device="cpu",
         )
+        run = prepare_run(resolved, rank=rank)
         with start(run) as session:
             last = loop(session, lambda _: on_step(session))
     assert last is None, "training ended before enough steps were seen"

@@ -7,7 +7,9 @@ Attention and positions stay within documents where position ids restart at 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +17,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
+from megagpt.model.dropout import Site, keyed_dropout
 from megagpt.model.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     SharedColumnLinear,
-    enter_parallel_region,
+    TensorParallel,
 )
-from megagpt.model.norm import build_norm
-from megagpt.parallel.groups import Group, group_size
+from megagpt.model.norm import Norm
+from megagpt.parallel.groups import Group, group_rank
 
 
 class KVCache:
@@ -83,14 +86,40 @@ def apply_rotary(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> 
 class SequenceContext:
     """What all blocks of one forward pass share."""
 
+    positions: torch.Tensor
+    """[s] or [b, s], int64."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     """From `rotary_tables`, for the whole sequence; None without rotary positions."""
     mask: torch.Tensor | None = None
     """[b, 1, s, s], bool, from `document_mask`; None: causal over the whole sequence."""
     dropout_keys: torch.Tensor | None = None
     """[b], from `dropout_keys`; None drops nothing."""
+    dropout: float = 0.0
+    """Probability of dropping an element."""
+    stream_group: Group = None
+    """Over which the residual stream is split, see `TensorParallel`."""
     cache: KVCache | None = None
     """Keys and values of earlier tokens, in inference."""
+
+    def drop(self, x: torch.Tensor, *, layer: int, site: Site) -> torch.Tensor:
+        """Dropout of the residual stream, [b, s, h] or [b, s/tp, h]."""
+        return keyed_dropout(
+            x,
+            self.dropout_keys,
+            probability=self.dropout,
+            layer=layer,
+            site=site,
+            sequence_start=group_rank(self.stream_group) * x.shape[1],
+        )
+
+
+def call(
+    function: Callable[..., torch.Tensor], *arguments: object, recompute: bool
+) -> torch.Tensor:
+    """Calls a function; recompute: backward calls it again instead of keeping what it computed."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(*arguments)
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
@@ -112,47 +141,36 @@ class Attention(nn.Module):
 
     Args:
         config: Model shape.
+        tp: Over which heads are split; key/value heads fewer than its ranks are shared by them.
         layer: Index of the block, for the KV cache.
-        tp_group: Group over which heads are split; None for one rank. Key/value heads fewer than
-            its ranks are shared by them.
-        sequence_parallel: Whether input and output are split over s.
         recompute: Whether backward computes scores and softmax again instead of keeping them.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        layer: int,
-        tp_group: Group,
-        sequence_parallel: bool = False,
-        recompute: bool = False,
+        self, config: ModelConfig, tp: TensorParallel, *, layer: int, recompute: bool
     ) -> None:
         super().__init__()
         self.layer = layer
         self.head_size = config.head_size
-        self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
+        self.tp = tp
         self.recompute = recompute
-        h, tp = config.hidden_size, group_size(tp_group)
-        self.query = ColumnParallelLinear(h, h, bias=config.bias, tp_group=tp_group)
-        self.key = _key_or_value(config, tp_group)
-        self.value = _key_or_value(config, tp_group)
-        self.output = RowParallelLinear(
-            h, h, bias=config.bias, tp_group=tp_group, sequence_parallel=sequence_parallel
-        )
+        h = config.hidden_size
+        self.query = ColumnParallelLinear(h, h, bias=config.bias, tp=tp)
+        self.key = _key_or_value(config, tp)
+        self.value = _key_or_value(config, tp)
+        self.output = RowParallelLinear(h, h, bias=config.bias, tp=tp)
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm = build_norm(config, config.head_size, split_group=tp_group)
-            self.key_norm = build_norm(config, config.head_size, split_group=tp_group)
-        self.grouped = config.num_attention_heads // tp != max(config.kv_heads // tp, 1)
+            self.query_norm = Norm(config, config.head_size, split_group=tp.group)
+            self.key_norm = Norm(config, config.head_size, split_group=tp.group)
+        self.grouped = config.num_attention_heads // tp.size != max(config.kv_heads // tp.size, 1)
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """[b, s, h] -> [b, s, h], s/tp under sequence parallelism.
 
         With a cache, s counts the new tokens only.
         """
-        x = enter_parallel_region(x, self.tp_group, sequence_parallel=self.sequence_parallel)
+        x = self.tp.enter(x)
         b, s, _ = x.shape
 
         def heads(projected: torch.Tensor) -> torch.Tensor:
@@ -171,38 +189,24 @@ class Attention(nn.Module):
             total = key.shape[2]
             # New token i sees everything up to itself, at position total - s + i.
             mask = torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
-        if self.recompute and torch.is_grad_enabled():
-            attended = checkpoint(
-                self._attend, query, key, value, mask, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            attended = self._attend(query, key, value, mask)
+        attend = partial(
+            F.scaled_dot_product_attention,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.grouped,
+        )
+        attended = call(attend, query, key, value, recompute=self.recompute)  # [b, n/tp, s, d]
         return self.output(attended.transpose(1, 2).reshape(b, s, -1))
 
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[b, n/tp, s, d] of queries -> the same."""
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
 
-
-def _key_or_value(config: ModelConfig, tp_group: Group) -> nn.Module:
+def _key_or_value(config: ModelConfig, tp: TensorParallel) -> nn.Module:
     """The key or value projection: split over tp, or shared where heads are fewer than ranks."""
-    h, kv_heads, tp = config.hidden_size, config.kv_heads, group_size(tp_group)
-    if kv_heads % tp == 0:
-        width = kv_heads * config.head_size
-        return ColumnParallelLinear(h, width, bias=config.bias, tp_group=tp_group)
-    if tp % kv_heads:
+    h, kv_heads = config.hidden_size, config.kv_heads
+    if kv_heads % tp.size == 0:
+        return ColumnParallelLinear(h, kv_heads * config.head_size, bias=config.bias, tp=tp)
+    if tp.size % kv_heads:
         raise ValueError(
-            f"num_kv_heads={kv_heads} and tensor_parallel_size={tp}: neither divides the other; "
-            "choose a tensor_parallel_size that divides it, or a multiple of it"
+            f"num_kv_heads={kv_heads} and tensor_parallel_size={tp.size}: neither divides the "
+            "other; choose a tensor_parallel_size that divides it, or a multiple of it"
         )
-    return SharedColumnLinear(
-        h, config.head_size, num_blocks=kv_heads, bias=config.bias, tp_group=tp_group
-    )
+    return SharedColumnLinear(h, config.head_size, num_blocks=kv_heads, bias=config.bias, tp=tp)

@@ -5,13 +5,14 @@ Next files: `gpt.py`, `zero3.py`, `pipeline.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from megagpt.config.schema import ModelConfig, ParallelConfig, Recompute
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize
+from megagpt.model.layers import TensorParallel
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.parallel.partition import pipeline_stages
 
@@ -45,37 +46,29 @@ def build_model(
     Returns:
         The whole model of this tensor-parallel rank, or its pipeline stage.
     """
-    tp_group = groups.tp_group
-    arguments: dict[str, Any] = {
-        "sequence_parallel": parallel.sequence_parallel,
-        "recompute": recompute,
-    }
+    tp = TensorParallel(groups.tp_group, parallel.sequence_parallel)
+    model: GPTModel | GPTPipeline
     if parallel.pipeline_parallel_size > 1:
         # Imported here, as zero3 is: inference must not need DeepSpeed.
         from megagpt.model.pipeline import GPTPipeline
 
-        pipeline = GPTPipeline(
+        model = GPTPipeline(
             config,
             topology=groups.topology,
             stages=pipeline_stages(
                 config, parallel.pipeline_parallel_size, parallel.pipeline_partition
             ),
-            tp_group=tp_group,
             has_position_ids=has_position_ids,
-            **arguments,
+            tp=tp,
+            recompute=recompute,
         ).to(dtype)
-        initialize(pipeline, config, seed=seed, tp_group=tp_group)
-        return pipeline
-    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+    elif ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
         from megagpt.model.zero3 import build_sharded_model
 
         return build_sharded_model(
-            config,
-            seed=seed,
-            ds_config=ds_config,
-            groups=groups,
-            **arguments,
+            config, seed=seed, ds_config=ds_config, groups=groups, tp=tp, recompute=recompute
         )
-    model = GPTModel(config, tp_group=tp_group, **arguments).to(dtype)
-    initialize(model, config, seed=seed, tp_group=tp_group)
+    else:
+        model = GPTModel(config, tp, recompute=recompute).to(dtype)
+    initialize(model, config, seed=seed, tp_group=tp.group)
     return model

@@ -15,21 +15,26 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig, Recompute
 from megagpt.model.attention import (
     Attention,
     KVCache,
     SequenceContext,
+    call,
     document_mask,
     rotary_tables,
 )
-from megagpt.model.dropout import Site, keyed_dropout
-from megagpt.model.layers import VocabParallelEmbedding, empty_parameter
+from megagpt.model.dropout import Site
+from megagpt.model.layers import (
+    ONE_RANK,
+    TensorParallel,
+    VocabParallelEmbedding,
+    empty_parameter,
+)
 from megagpt.model.loss import linear_cross_entropy
 from megagpt.model.mlp import MLP
-from megagpt.model.norm import build_norm
+from megagpt.model.norm import Norm
 from megagpt.parallel.collectives import copy_to_group
 from megagpt.parallel.groups import Group, group_rank, group_size
 from megagpt.parallel.partition import PipelineStage, whole_model
@@ -42,45 +47,33 @@ class PositionEmbedding(nn.Module):
     parts of the gradient are summed over it.
     """
 
-    def __init__(self, seq_length: int, hidden_size: int, *, split_group: Group = None) -> None:
+    def __init__(self, config: ModelConfig, *, split_group: Group) -> None:
         super().__init__()
         self.split_group = split_group
-        self.weight = nn.Parameter(torch.empty(seq_length, hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.seq_length, config.hidden_size))
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """[s] or [b, s] -> [.., s, h]."""
-        return F.embedding(position_ids, copy_to_group(self.weight, self.split_group))
-
-
-def _own_positions(position_ids: torch.Tensor, tp_group: Group) -> torch.Tensor:
-    """This tensor-parallel rank's share of the sequence, [.., s] -> [.., s/tp]."""
-    return position_ids.chunk(group_size(tp_group), dim=-1)[group_rank(tp_group)]
+        """[s] or [b, s] -> [.., s, h], or a rank's share of them, [.., s/tp, h]."""
+        group = self.split_group
+        own = position_ids.chunk(group_size(group), dim=-1)[group_rank(group)]
+        return F.embedding(own, copy_to_group(self.weight, group))
 
 
 class Embedding(nn.Module):
     """Token embedding, plus learned positions where the model has them."""
 
-    def __init__(
-        self, config: ModelConfig, *, tp_group: Group, sequence_parallel: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.split_group = tp_group if sequence_parallel else None
-        rows = config.padded_vocab_size(group_size(tp_group))
-        self.word = VocabParallelEmbedding(
-            rows, config.hidden_size, tp_group=tp_group, sequence_parallel=sequence_parallel
-        )
+        rows = config.padded_vocab_size(tp.size)
+        self.word = VocabParallelEmbedding(rows, config.hidden_size, tp=tp)
         self.position = None
         if config.position_embedding == "learned":
-            self.position = PositionEmbedding(
-                config.seq_length, config.hidden_size, split_group=self.split_group
-            )
+            self.position = PositionEmbedding(config, split_group=tp.stream_group)
 
     def forward(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """[b, s] tokens, [s] or [b, s] positions -> [b, s, h], or [b, s/tp, h]."""
         x = self.word(tokens)
-        if self.position is None:
-            return x
-        return x + self.position(_own_positions(position_ids, self.split_group))
+        return x if self.position is None else x + self.position(position_ids)
 
 
 class Block(nn.Module):
@@ -88,60 +81,32 @@ class Block(nn.Module):
 
     Args:
         config: Model shape.
+        tp: What splits each layer, and under sequence parallelism input and output.
         layer: Index of the block.
-        tp_group: Group that splits each layer; None for one rank.
-        sequence_parallel: Whether input and output are split over s.
         recompute: What backward computes again instead of keeping it: the whole block (`full`),
             scores and softmax of attention (`selective`), or nothing.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        layer: int,
-        tp_group: Group,
-        sequence_parallel: bool = False,
-        recompute: Recompute = "none",
+        self, config: ModelConfig, tp: TensorParallel, *, layer: int, recompute: Recompute
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.dropout = config.dropout
-        self.tp_group = tp_group
         self.recompute = recompute == "full"
-        self.split_group = tp_group if sequence_parallel else None
-        self.attention_norm = build_norm(config, config.hidden_size, split_group=self.split_group)
-        self.attention = Attention(
-            config,
-            layer=layer,
-            tp_group=tp_group,
-            sequence_parallel=sequence_parallel,
-            recompute=recompute == "selective",
-        )
-        self.mlp_norm = build_norm(config, config.hidden_size, split_group=self.split_group)
-        self.mlp = MLP(config, tp_group=tp_group, sequence_parallel=sequence_parallel)
+        h = config.hidden_size
+        self.attention_norm = Norm(config, h, split_group=tp.stream_group)
+        self.attention = Attention(config, tp, layer=layer, recompute=recompute == "selective")
+        self.mlp_norm = Norm(config, h, split_group=tp.stream_group)
+        self.mlp = MLP(config, tp)
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """[b, s, h] -> [b, s, h], s/tp under sequence parallelism."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward, x, context, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._forward(x, context)
+        return call(self._forward, x, context, recompute=self.recompute)
 
     def _forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), context), context, Site.ATTENTION)
-        return x + self._drop(self.mlp(self.mlp_norm(x)), context, Site.MLP)
-
-    def _drop(self, x: torch.Tensor, context: SequenceContext, site: Site) -> torch.Tensor:
-        return keyed_dropout(
-            x,
-            context.dropout_keys,
-            probability=self.dropout,
-            layer=self.layer,
-            site=site,
-            sequence_start=group_rank(self.split_group) * x.shape[1],
-        )
+        attended = self.attention(self.attention_norm(x), context)
+        x = x + context.drop(attended, layer=self.layer, site=Site.ATTENTION)
+        return x + context.drop(self.mlp(self.mlp_norm(x)), layer=self.layer, site=Site.MLP)
 
 
 class LanguageModelHead(nn.Module):
@@ -153,21 +118,14 @@ class LanguageModelHead(nn.Module):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        tp_group: Group,
-        sequence_parallel: bool = False,
-        tied_weight: nn.Parameter | None,
+        self, config: ModelConfig, tp: TensorParallel, *, tied_weight: nn.Parameter | None
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None
         self.vocab_size = config.vocab_size
-        self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
+        self.tp = tp
         if tied_weight is None:
-            tp = group_size(tp_group)
-            rows = config.padded_vocab_size(tp) // tp
+            rows = config.padded_vocab_size(tp.size) // tp.size
             self.weight = empty_parameter(rows, config.hidden_size, tp_dim=0)
         else:
             self.weight = tied_weight
@@ -178,16 +136,11 @@ class LanguageModelHead(nn.Module):
         Logits are [b, s, vocab_size], and need the whole vocabulary on this rank.
         """
         if labels is None:
-            assert group_size(self.tp_group) == 1, "logits are for inference, at tp = 1"
+            assert self.tp.size == 1, "logits are for inference, at tp = 1"
             logits = F.linear(hidden, self.weight)[..., : self.vocab_size]
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         return linear_cross_entropy(
-            hidden,
-            self.weight,
-            labels,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel,
+            hidden, self.weight, labels, vocab_size=self.vocab_size, tp=self.tp
         )
 
 
@@ -196,8 +149,7 @@ class GPTModel(nn.Module):
 
     Args:
         config: Shape; vocab_size must be set.
-        tp_group: Group that splits each layer; None for one rank.
-        sequence_parallel: Whether norms and the residual stream are split over s on tp_group.
+        tp: What splits each layer; default nothing.
         recompute: What backward computes again, see `Block`.
         stage: Part of the model to hold; default all of it.
     """
@@ -205,43 +157,29 @@ class GPTModel(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
+        tp: TensorParallel = ONE_RANK,
         *,
-        tp_group: Group = None,
-        sequence_parallel: bool = False,
         recompute: Recompute = "none",
         stage: PipelineStage | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.stage = stage = stage or whole_model(config)
-        self.split_group = tp_group if sequence_parallel else None
+        self.stream_group = tp.stream_group
         tied_weight = None
         if stage.is_first:
-            self.embedding = Embedding(
-                config, tp_group=tp_group, sequence_parallel=sequence_parallel
-            )
+            self.embedding = Embedding(config, tp)
             tied_weight = self.embedding.word.weight if config.tie_embeddings else None
         # By global index, so that names are the same on every layout.
         self.layers = nn.ModuleDict(
             {
-                str(i): Block(
-                    config,
-                    layer=i,
-                    tp_group=tp_group,
-                    sequence_parallel=sequence_parallel,
-                    recompute=recompute,
-                )
+                str(i): Block(config, tp, layer=i, recompute=recompute)
                 for i in range(stage.first_layer, stage.end_layer)
             }
         )
         if stage.is_last:
-            self.final_norm = build_norm(config, config.hidden_size, split_group=self.split_group)
-            self.lm_head = LanguageModelHead(
-                config,
-                tp_group=tp_group,
-                sequence_parallel=sequence_parallel,
-                tied_weight=tied_weight,
-            )
+            self.final_norm = Norm(config, config.hidden_size, split_group=tp.stream_group)
+            self.lm_head = LanguageModelHead(config, tp, tied_weight=tied_weight)
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of this stage once, by its global name."""
@@ -272,8 +210,7 @@ class GPTModel(nn.Module):
         context = self.context(
             tokens.shape[1], tokens.device, position_ids=position_ids, dropout_keys=dropout_keys
         )
-        x = self.embed(tokens, position_ids, context)
-        return self.lm_head(self.run_layers(x, context), labels)
+        return self.lm_head(self.hidden_states(tokens, context), labels)
 
     def logits(self, tokens: torch.Tensor, kv_cache: KVCache | None = None) -> torch.Tensor:
         """Logits of the next token at each position, at tp = 1.
@@ -285,26 +222,24 @@ class GPTModel(nn.Module):
         Returns:
             [b, s, vocab_size], at least float32, without the padding of the vocabulary.
         """
-        start = 0 if kv_cache is None else kv_cache.length
-        context = self.context(tokens.shape[1], tokens.device, start=start, cache=kv_cache)
-        x = self.embed(tokens, None, context, start=start)
-        return self.lm_head(self.run_layers(x, context), None)
+        context = self.context(tokens.shape[1], tokens.device, cache=kv_cache)
+        return self.lm_head(self.hidden_states(tokens, context), None)
 
     def context(
         self,
         length: int,
         device: torch.device,
         *,
-        start: int = 0,
         position_ids: torch.Tensor | None = None,
         dropout_keys: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> SequenceContext:
-        """What the blocks share in one pass over tokens start to start + length - 1.
+        """What the blocks share in one pass over tokens, which follow those of the cache.
 
         Raises:
-            ValueError: If that is more than seq_length.
+            ValueError: If they are more than seq_length together.
         """
+        start = 0 if cache is None else cache.length
         end = start + length
         if end > self.config.seq_length:
             raise ValueError(
@@ -318,35 +253,28 @@ class GPTModel(nn.Module):
             dtype = next(self.parameters()).dtype
             rotary = rotary_tables(positions, self.config.head_size, self.config.rope_theta, dtype)
         return SequenceContext(
+            positions=positions,
             rotary=rotary,
             mask=None if position_ids is None else document_mask(position_ids),
             dropout_keys=dropout_keys if self.training else None,
+            dropout=self.config.dropout,
+            stream_group=self.stream_group,
             cache=cache,
         )
 
-    def embed(
-        self,
-        tokens: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        context: SequenceContext,
-        *,
-        start: int = 0,
-    ) -> torch.Tensor:
-        """[b, s] -> [b, s, h], or [b, s/tp, h]; on the first stage."""
-        if position_ids is None:
-            position_ids = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.embedding(tokens, position_ids)
-        return keyed_dropout(
-            x,
-            context.dropout_keys,
-            probability=self.config.dropout,
-            layer=0,
-            site=Site.EMBEDDING,
-            sequence_start=group_rank(self.split_group) * x.shape[1],
-        )
+    def hidden_states(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """What leaves this stage: embedding on the first, its blocks, final norm on the last.
 
-    def run_layers(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        """This stage's blocks, and on the last stage the final norm; shapes as in `Block`."""
+        Args:
+            x: Tokens [b, s] on the first stage, else the hidden states that left the one before.
+            context: From `context`.
+
+        Returns:
+            [b, s, h], s/tp under sequence parallelism.
+        """
+        if self.stage.is_first:
+            embedded = self.embedding(x, context.positions)
+            x = context.drop(embedded, layer=0, site=Site.EMBEDDING)
         for layer in self.layers.values():
             x = layer(x, context)
         return self.final_norm(x) if self.stage.is_last else x

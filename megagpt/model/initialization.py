@@ -68,14 +68,17 @@ def local_shard(value: torch.Tensor, tp_dim: int | None, tp_group: Group) -> tor
 def local_initial_value(
     name: str,
     parameter: nn.Parameter,
-    local_shape: torch.Size,
     config: ModelConfig,
     *,
     seed: int,
     tp_group: Group,
 ) -> torch.Tensor:
-    """This tensor-parallel rank's slice of the initial value of a parameter."""
+    """This tensor-parallel rank's slice of the initial value of a parameter.
+
+    A ZeRO-3 parameter has an empty local tensor; its shape on this rank is `ds_shape`.
+    """
     tp_dim = getattr(parameter, "tp_dim", None)
+    local_shape = getattr(parameter, "ds_shape", parameter.shape)
     global_shape = list(local_shape)
     if tp_dim is not None:
         global_shape[tp_dim] *= group_size(tp_group)
@@ -87,8 +90,4 @@ def local_initial_value(
 def initialize(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: Group = None) -> None:
     """Fills every parameter of a model or stage that is whole on this rank (ZeRO 0 to 2)."""
     for name, parameter in model.canonical_parameters():
-        parameter.copy_(
-            local_initial_value(
-                name, parameter, parameter.shape, config, seed=seed, tp_group=tp_group
-            )
-        )
+        parameter.copy_(local_initial_value(name, parameter, config, seed=seed, tp_group=tp_group))

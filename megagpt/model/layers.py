@@ -1,6 +1,6 @@
 """Linear layers and embedding split over a tensor-parallel group that is handed in.
 
-A parallel region is entered once (`enter_parallel_region`), serves as many column-parallel layers
+A parallel region is entered once (`TensorParallel.enter`), serves as many column-parallel layers
 as share its input, and is left by a row-parallel one. Parameters are created empty;
 `initialization.py` gives them their values by global name.
 Sources: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3; for sequence
@@ -11,6 +11,8 @@ parallelism Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4
 # sequence parallelism
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +27,51 @@ from megagpt.parallel.collectives import (
 from megagpt.parallel.groups import Group, group_rank, group_size
 
 
-def _shard(size: int, name: str, group: Group) -> int:
-    tp = group_size(group)
-    if size % tp:
-        raise ValueError(
-            f"{name}={size} is not divisible by tensor_parallel_size={tp}; "
-            "choose a tensor_parallel_size that divides it"
-        )
-    return size // tp
+@dataclass(frozen=True)
+class TensorParallel:
+    """How layers are split over ranks."""
+
+    group: Group = None
+    """Over which weights are split; None for one rank."""
+    sequence_parallel: bool = False
+    """Whether the residual stream is split over s, on the same group."""
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return group_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This rank's index in the group."""
+        return group_rank(self.group)
+
+    @property
+    def stream_group(self) -> Group:
+        """Over which the residual stream is split; None where it is whole on every rank."""
+        return self.group if self.sequence_parallel else None
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream -> the input of column-parallel layers, [b, s, ..] on every rank."""
+        return (gather_sequence if self.sequence_parallel else copy_to_group)(x, self.group)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """Partial sums [b, s, ..] -> the residual stream, [b, s, ..] or [b, s/tp, ..]."""
+        reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
+        return reduce(x, self.group)
+
+    def shard(self, size: int, name: str) -> int:
+        """A rank's share of a size; raises ValueError if there is none."""
+        if size % self.size:
+            raise ValueError(
+                f"{name}={size} is not divisible by tensor_parallel_size={self.size}; "
+                "choose a tensor_parallel_size that divides it"
+            )
+        return size // self.size
+
+
+ONE_RANK = TensorParallel()
+"""Layers whole on one rank."""
 
 
 def empty_parameter(*shape: int, tp_dim: int | None = None) -> nn.Parameter:
@@ -51,30 +90,6 @@ def empty_parameter(*shape: int, tp_dim: int | None = None) -> nn.Parameter:
     return parameter
 
 
-def enter_parallel_region(
-    x: torch.Tensor, tp_group: Group, *, sequence_parallel: bool
-) -> torch.Tensor:
-    """The residual stream -> the input of column-parallel layers, [b, s, ..] on every rank.
-
-    Args:
-        x: [b, s, ..] the same on every rank, or [b, s/tp, ..] under sequence parallelism.
-        tp_group: Group that splits the region's weights; None for one rank.
-        sequence_parallel: Whether the residual stream is split over s.
-    """
-    if sequence_parallel:
-        return gather_sequence(x, tp_group)
-    return copy_to_group(x, tp_group)
-
-
-def leave_parallel_region(
-    x: torch.Tensor, tp_group: Group, *, sequence_parallel: bool
-) -> torch.Tensor:
-    """Partial sums [b, s, ..] -> the residual stream, [b, s, ..] or [b, s/tp, ..]."""
-    if sequence_parallel:
-        return reduce_scatter_sequence(x, tp_group)
-    return reduce_from_group(x, tp_group)
-
-
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the rows of W (outputs) split over tp.
 
@@ -82,15 +97,17 @@ class ColumnParallelLinear(nn.Module):
         in_features: Width of the input.
         out_features: Width of the output over all ranks; divisible by tp.
         bias: Whether there is one; split like the output.
-        tp_group: Group over which outputs are split; None for one rank.
+        tp: Over which outputs are split.
 
     Raises:
         ValueError: If tp does not divide out_features.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, tp_group: Group) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel
+    ) -> None:
         super().__init__()
-        local = _shard(out_features, "out_features", tp_group)
+        local = tp.shard(out_features, "out_features")
         self.weight = empty_parameter(local, in_features, tp_dim=0)
         self.bias = empty_parameter(local, tp_dim=0) if bias else None
 
@@ -110,23 +127,23 @@ class SharedColumnLinear(nn.Module):
         block_size: Width of the output, one block.
         num_blocks: Blocks of the weight; divides tp.
         bias: Whether there is one.
-        tp_group: Group whose ranks share the blocks.
+        tp: Whose ranks share the blocks.
     """
 
     def __init__(
-        self, in_features: int, block_size: int, *, num_blocks: int, bias: bool, tp_group: Group
+        self, in_features: int, block_size: int, *, num_blocks: int, bias: bool, tp: TensorParallel
     ) -> None:
         super().__init__()
-        self.tp_group = tp_group
-        block = group_rank(tp_group) * num_blocks // group_size(tp_group)
+        self.tp = tp
+        block = tp.rank * num_blocks // tp.size
         self.rows = slice(block * block_size, (block + 1) * block_size)
         self.weight = empty_parameter(num_blocks * block_size, in_features)
         self.bias = empty_parameter(num_blocks * block_size) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, s, in] inside a parallel region -> [b, s, block_size]."""
-        weight = copy_to_group(self.weight, self.tp_group)[self.rows]
-        bias = None if self.bias is None else copy_to_group(self.bias, self.tp_group)[self.rows]
+        weight = copy_to_group(self.weight, self.tp.group)[self.rows]
+        bias = None if self.bias is None else copy_to_group(self.bias, self.tp.group)[self.rows]
         return F.linear(x, weight, bias)
 
 
@@ -137,40 +154,32 @@ class RowParallelLinear(nn.Module):
         in_features: Width of the input over all ranks; divisible by tp.
         out_features: Width of the output.
         bias: Whether there is one; replicated.
-        tp_group: Group over which the input is split; None for one rank.
-        sequence_parallel: Whether the output is split over s.
+        tp: Over which the input is split.
 
     Raises:
         ValueError: If tp does not divide in_features.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        tp_group: Group,
-        sequence_parallel: bool = False,
+        self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel
     ) -> None:
         super().__init__()
-        self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
-        local = _shard(in_features, "in_features", tp_group)
+        self.tp = tp
+        local = tp.shard(in_features, "in_features")
         self.weight = empty_parameter(out_features, local, tp_dim=1)
         self.bias = empty_parameter(out_features) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, s, in/tp] -> [b, s, out], the same on every rank, or [b, s/tp, out]."""
-        if group_size(self.tp_group) == 1:
+        if self.tp.size == 1:
             return F.linear(x, self.weight, self.bias)
         y = F.linear(x, self.weight)  # [b, s, out], a partial sum
-        y = leave_parallel_region(y, self.tp_group, sequence_parallel=self.sequence_parallel)
+        y = self.tp.leave(y)
         if self.bias is None:
             return y
         # Row-parallel bias is added after the all-reduce; before it, it would count tp times.
         # Under sequence parallelism it sees a part of the tokens only.
-        return y + copy_to_group(self.bias, self.tp_group if self.sequence_parallel else None)
+        return y + copy_to_group(self.bias, self.tp.stream_group)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -179,32 +188,23 @@ class VocabParallelEmbedding(nn.Module):
     Args:
         num_embeddings: Rows over all ranks; divisible by tp.
         embedding_size: Width.
-        tp_group: Group over which rows are split; None for one rank.
-        sequence_parallel: Whether the output is split over s.
+        tp: Over which rows are split.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_size: int,
-        *,
-        tp_group: Group,
-        sequence_parallel: bool = False,
-    ) -> None:
+    def __init__(self, num_embeddings: int, embedding_size: int, *, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
-        local = _shard(num_embeddings, "num_embeddings", tp_group)
-        self.first = group_rank(tp_group) * local
+        self.tp = tp
+        local = tp.shard(num_embeddings, "num_embeddings")
+        self.first = tp.rank * local
         self.weight = empty_parameter(local, embedding_size, tp_dim=0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[b, s] global token ids -> [b, s, h], the same on every rank, or [b, s/tp, h]."""
-        if group_size(self.tp_group) == 1:
+        if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first  # [b, s]
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         # reduce: exactly one rank has each row, the others add zero
-        return leave_parallel_region(rows, self.tp_group, sequence_parallel=self.sequence_parallel)
+        return self.tp.leave(rows)

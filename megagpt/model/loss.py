@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megagpt.model.layers import enter_parallel_region
+from megagpt.model.layers import TensorParallel
 from megagpt.parallel.groups import Group, group_rank, group_size
 
 IGNORE_INDEX = -100
@@ -118,22 +118,19 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     *,
     vocab_size: int,
-    tp_group: Group,
-    sequence_parallel: bool = False,
+    tp: TensorParallel,
 ) -> torch.Tensor:
     """Cross entropy of hidden @ weight^T.
 
     Args:
-        hidden: [b, s, h], the same on every rank of tp_group; [b, s/tp, h] if sequence_parallel.
+        hidden: [b, s, h], the same on every rank; [b, s/tp, h] under sequence parallelism.
         weight: [v/tp, h].
         targets: [b, s], int64, as in `vocab_parallel_cross_entropy`.
         vocab_size: Real tokens of the padded vocabulary.
-        tp_group: Group over which v is split; None for one rank.
-        sequence_parallel: Whether hidden is split over s; targets are whole all the same.
+        tp: Over which v is split, and hidden under sequence parallelism; targets are whole.
 
     Returns:
         [b, s], at least float32, nats per token.
     """
-    hidden = enter_parallel_region(hidden, tp_group, sequence_parallel=sequence_parallel)
-    logits = F.linear(hidden, weight)  # [b, s, v/tp]
-    return vocab_parallel_cross_entropy(logits, targets, vocab_size=vocab_size, tp_group=tp_group)
+    logits = F.linear(tp.enter(hidden), weight)  # [b, s, v/tp]
+    return vocab_parallel_cross_entropy(logits, targets, vocab_size=vocab_size, tp_group=tp.group)

@@ -7,12 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    enter_parallel_region,
-)
-from megagpt.parallel.groups import Group
+from megagpt.model.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
 class MLP(nn.Module):
@@ -21,24 +16,19 @@ class MLP(nn.Module):
     Source of SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, tp_group: Group, sequence_parallel: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
+        self.tp = tp
         h, f = config.hidden_size, config.ffn_size
-        self.up = ColumnParallelLinear(h, f, bias=config.bias, tp_group=tp_group)
+        self.up = ColumnParallelLinear(h, f, bias=config.bias, tp=tp)
         self.gate = None
         if config.activation == "swiglu":
-            self.gate = ColumnParallelLinear(h, f, bias=config.bias, tp_group=tp_group)
-        self.down = RowParallelLinear(
-            f, h, bias=config.bias, tp_group=tp_group, sequence_parallel=sequence_parallel
-        )
+            self.gate = ColumnParallelLinear(h, f, bias=config.bias, tp=tp)
+        self.down = RowParallelLinear(f, h, bias=config.bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, s, h] -> [b, s, h]; s/tp under sequence parallelism."""
-        x = enter_parallel_region(x, self.tp_group, sequence_parallel=self.sequence_parallel)
+        x = self.tp.enter(x)
         if self.gate is None:
             return self.down(F.gelu(self.up(x), approximate="tanh"))
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -16,40 +16,26 @@ from megagpt.parallel.collectives import copy_to_group
 from megagpt.parallel.groups import Group
 
 
-class LayerNorm(nn.Module):
-    """Ba et al. 2016, https://arxiv.org/abs/1607.06450; bias only where the model has biases."""
+class Norm(nn.Module):
+    """The norm that the configuration names; a bias only in LayerNorm, where the model has biases.
 
-    def __init__(self, size: int, *, eps: float, bias: bool, split_group: Group = None) -> None:
+    Sources: LayerNorm, Ba et al. 2016, https://arxiv.org/abs/1607.06450; RMSNorm, Zhang and
+    Sennrich 2019, https://arxiv.org/abs/1910.07467, normalised in float32.
+    """
+
+    def __init__(self, config: ModelConfig, size: int, *, split_group: Group = None) -> None:
         super().__init__()
         self.split_group = split_group
-        self.eps = eps
+        self.eps = config.norm_eps
+        self.is_rms = config.normalization == "rmsnorm"
         self.weight = nn.Parameter(torch.empty(size))
-        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+        has_bias = config.bias and not self.is_rms
+        self.bias = nn.Parameter(torch.empty(size)) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[.., size] -> [.., size]."""
         weight = copy_to_group(self.weight, self.split_group)
+        if self.is_rms:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
         bias = None if self.bias is None else copy_to_group(self.bias, self.split_group)
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-
-
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; normalised in float32."""
-
-    def __init__(self, size: int, *, eps: float, split_group: Group = None) -> None:
-        super().__init__()
-        self.split_group = split_group
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., size] -> [.., size]."""
-        weight = copy_to_group(self.weight, self.split_group)
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-
-
-def build_norm(config: ModelConfig, size: int, *, split_group: Group = None) -> nn.Module:
-    """The norm that the configuration names."""
-    if config.normalization == "rmsnorm":
-        return RMSNorm(size, eps=config.norm_eps, split_group=split_group)
-    return LayerNorm(size, eps=config.norm_eps, bias=config.bias, split_group=split_group)

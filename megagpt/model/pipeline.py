@@ -54,8 +54,7 @@ class GPTStage(GPTModel):
         context = self.context(
             labels.shape[1], first.device, position_ids=position_ids, dropout_keys=keys
         )
-        x = self.embed(first, position_ids, context) if self.stage.is_first else first
-        x = self.run_layers(x, context)
+        x = self.hidden_states(first, context)
         return self.lm_head(x, labels) if self.stage.is_last else (x, labels, *rest)
 
 

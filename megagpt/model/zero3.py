@@ -11,9 +11,10 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.schema import ModelConfig, Recompute
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import local_initial_value
+from megagpt.model.layers import TensorParallel
 from megagpt.parallel.groups import Group, ProcessGroups
 
 
@@ -23,7 +24,8 @@ def build_sharded_model(
     seed: int,
     ds_config: dict,
     groups: ProcessGroups,
-    **model_arguments: Any,
+    tp: TensorParallel,
+    recompute: Recompute,
 ) -> GPTModel:
     """A model whose parameters are sharded over dp, with their initial weights.
 
@@ -34,7 +36,8 @@ def build_sharded_model(
             because `zero.Init(dtype=...)` is ignored on a CPU without fp16 (0.19.8,
             `partition_parameters.py`, `_set_dtype`).
         groups: Of the layout.
-        **model_arguments: As in `GPTModel`.
+        tp: As in `GPTModel`.
+        recompute: As in `GPTModel`.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False)  # takes the group that exists
     with deepspeed.zero.Init(
@@ -42,9 +45,9 @@ def build_sharded_model(
         config_dict_or_path=ds_config,
         mpu=groups,
     ):
-        model = GPTModel(config, tp_group=groups.tp_group, **model_arguments)
+        model = GPTModel(config, tp, recompute=recompute)
     _mend_swapper(model)
-    _fill_shards(model, config, seed=seed, tp_group=groups.tp_group)
+    _fill_shards(model, config, seed=seed, tp_group=tp.group)
     return model
 
 
@@ -76,9 +79,7 @@ def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: G
     """
     parameter: Any  # carries DeepSpeed's ds_* attributes
     for name, parameter in model.canonical_parameters():
-        value = local_initial_value(
-            name, parameter, parameter.ds_shape, config, seed=seed, tp_group=tp_group
-        )
+        value = local_initial_value(name, parameter, config, seed=seed, tp_group=tp_group)
         shard = parameter.ds_tensor
         size = shard.ds_numel
         start = size * torch.distributed.get_rank(parameter.ds_process_group)
@@ -86,15 +87,9 @@ def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: G
         # The padding of the last shards is never read as a weight, but it is summed in norms.
         padded = torch.zeros(size, dtype=parameter.dtype)
         padded[: mine.numel()].copy_(mine)
-        _write_shard(parameter, padded)
-
-
-def _write_shard(parameter: Any, values: torch.Tensor) -> None:
-    """Writes this rank's shard in memory, or in its file where parameters are on NVMe."""
-    if parameter.ds_tensor.final_location != OffloadDeviceEnum.nvme:
-        parameter.ds_tensor.copy_(values)
-        return
-    swapper = parameter.nvme_swapper
-    swapper.swap_in([parameter], async_op=False)
-    parameter.ds_tensor.copy_(values)
-    swapper.swap_out_and_release([parameter])
+        is_on_nvme = shard.final_location == OffloadDeviceEnum.nvme
+        if is_on_nvme:
+            parameter.nvme_swapper.swap_in([parameter], async_op=False)
+        parameter.ds_tensor.copy_(padded)
+        if is_on_nvme:
+            parameter.nvme_swapper.swap_out_and_release([parameter])

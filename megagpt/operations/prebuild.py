@@ -12,10 +12,9 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-OPS = ("ShareMemCommBuilder", "CPUAdamBuilder", "FusedAdamBuilder")
+OPS: tuple[str, ...] = ("ShareMemCommBuilder", "CPUAdamBuilder", "FusedAdamBuilder")
 ASYNC_IO = "AsyncIOBuilder"
 """Op of NVMe offload, built where libaio is installed."""
 LOCK_NAME = "lock"
@@ -37,24 +36,13 @@ def extensions_root() -> Path:
     return Path(cache) / "torch_extensions"
 
 
-def remove_stale_locks(
-    root: Path | None = None, *, report: Callable[[str], None] | None = None
-) -> list[Path]:
-    """Removes the lock of every build that no process is working on.
+def remove_stale_locks() -> None:
+    """Removes the lock of every build that no process is working on, with a line on stderr.
 
     A live build has its lock open (torch's `FileBaton` keeps the descriptor), or a compiler at work
     in the folder. Where processes cannot be seen, a lock counts as stale after an hour.
-
-    Args:
-        root: Folder of extensions; default `extensions_root()`.
-        report: Called with one line for each removed lock; default: stderr.
-
-    Returns:
-        The locks removed.
     """
-    root = root or extensions_root()
-    report = report or _to_stderr
-    removed = []
+    root = extensions_root()
     # One level below TORCH_EXTENSIONS_DIR, two below the cache (py311_cpu/<op>).
     for lock in sorted([*root.glob(f"*/{LOCK_NAME}"), *root.glob(f"*/*/{LOCK_NAME}")]):
         try:
@@ -65,59 +53,51 @@ def remove_stale_locks(
             # Another rank may have removed it and begun to build meanwhile.
             if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
                 continue
-            _remove_cut_libraries(lock.parent, report)
+            _remove_cut_libraries(lock.parent)
             lock.unlink()
         except FileNotFoundError:
             continue
         age = time.time() - before.st_mtime
-        report(
+        _report(
             f"removed the stale build lock {lock} ({age:.0f} s old, its build is gone); "
             "the op compiles anew if it is not whole"
         )
-        removed.append(lock)
-    return removed
 
 
-def prebuild(
-    *, report: Callable[[str], None] | None = None, ops: tuple[str, ...] = OPS
-) -> dict[str, float]:
-    """Compiles and loads each op; one that is compiled already is only loaded.
+def prepare_builds() -> None:
+    """Lets this process compile and load ops: with the ninja of this Python, and no stale lock.
 
-    Args:
-        report: Called with each line of progress; default: stderr.
-        ops: Names of DeepSpeed's builders.
+    torch takes the ninja on PATH, and another version of it would compile every op anew.
+    """
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    remove_stale_locks()
 
-    Returns:
-        Seconds of each op; empty on another accelerator than the CPU, whose ops DeepSpeed compiles
-        at the first use.
+
+def prebuild() -> None:
+    """Compiles and loads each op, telling of it on stderr; one that is compiled is only loaded.
+
+    On another accelerator than the CPU DeepSpeed compiles its ops at the first use.
 
     Raises:
         ValueError: If an op cannot be compiled.
     """
-    report = report or _to_stderr
-    # torch looks for ninja on PATH, and another version of it would compile every op anew.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    remove_stale_locks(report=report)
+    prepare_builds()
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        report(
+        _report(
             f"accelerator={accelerator.device_name()}: nothing is prebuilt; DeepSpeed compiles its "
             "ops at the first use (for CPU ops set DS_ACCELERATOR=cpu)"
         )
-        return {}
-    seconds = {}
-    if ops == OPS:
-        if problem := async_io_problem():
-            report(f"op {ASYNC_IO} is left out, without it there is no NVMe offload: {problem}")
-        else:
-            ops = (*OPS, ASYNC_IO)
+        return
+    ops = OPS
+    if problem := async_io_problem():
+        _report(f"op {ASYNC_IO} is left out, without it there is no NVMe offload: {problem}")
+    else:
+        ops = (*OPS, ASYNC_IO)
     for number, name in enumerate(ops, 1):
-        begin = time.monotonic()
-        _load(name, f"op {number}/{len(ops)} {name}", report)
-        seconds[name] = time.monotonic() - begin
-    return seconds
+        _load(name, f"op {number}/{len(ops)} {name}")
 
 
 def async_io_problem() -> str | None:
@@ -134,13 +114,13 @@ def async_io_problem() -> str | None:
     )
 
 
-def _load(name: str, title: str, report: Callable[[str], None]) -> None:
+def _load(name: str, title: str) -> None:
     """Loads one op in a thread, while this one reports and watches for locks left by others."""
     errors: list[Exception] = []
 
     def load() -> None:
         try:
-            _load_op(name, report)
+            _load_op(name)
         except Exception as error:  # handed to the caller's thread
             errors.append(error)
 
@@ -152,18 +132,18 @@ def _load(name: str, title: str, report: Callable[[str], None]) -> None:
         elapsed = time.monotonic() - begin
         if not worker.is_alive():
             break
-        report(f"{title}: compiling, {elapsed:.0f} s (about 30 to 100 s on an idle machine)")
-        remove_stale_locks(report=report)
+        _report(f"{title}: compiling, {elapsed:.0f} s (about 30 to 100 s on an idle machine)")
+        remove_stale_locks()
     if errors:
         first_line = (str(errors[0]).strip() or type(errors[0]).__name__).splitlines()[0]
         raise ValueError(
             f"{name} cannot be compiled ({first_line}); a C++ compiler is needed: install g++, or "
             "see the whole output with MEGAGPT_TRACEBACK=1"
         ) from errors[0]
-    report(f"{title}: ready in {elapsed:.1f} s")
+    _report(f"{title}: ready in {elapsed:.1f} s")
 
 
-def _load_op(name: str, report: Callable[[str], None]) -> None:
+def _load_op(name: str) -> None:
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder(name)
@@ -173,11 +153,11 @@ def _load_op(name: str, report: Callable[[str], None]) -> None:
     for folder in (root / builder.name, *root.glob(f"*/{builder.name}")):
         # Under a lock another process is writing them.
         if not (folder / LOCK_NAME).exists():
-            _remove_cut_libraries(folder, report)
+            _remove_cut_libraries(folder)
     builder.load(verbose=False)
 
 
-def _remove_cut_libraries(folder: Path, report: Callable[[str], None]) -> None:
+def _remove_cut_libraries(folder: Path) -> None:
     """Removes libraries that were cut off while they were linked.
 
     Such a file is newer than its objects, so ninja keeps it, and loading it ends the process with a
@@ -186,7 +166,7 @@ def _remove_cut_libraries(folder: Path, report: Callable[[str], None]) -> None:
     for library in folder.glob("*.so"):
         if not _is_whole_library(library):
             library.unlink(missing_ok=True)
-            report(f"removed {library}, which is cut off; the op compiles anew")
+            _report(f"removed {library}, which is cut off; the op compiles anew")
 
 
 def _is_whole_library(library: Path) -> bool:
@@ -241,5 +221,5 @@ def _file_system(folder: str) -> str:
     return max(holding, default=(0, ""))[1]
 
 
-def _to_stderr(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -10,9 +10,10 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 
 class Steps:
@@ -60,15 +61,8 @@ class Steps:
         shown = shlex.join([Path(words[0]).name, *words[1:]])
         print(f"$ {shown}", flush=True)
         with nullcontext() if output is None else output.open("w") as file:
-            # Its own session, so that an interrupt ends the launcher and its ranks alike.
-            process = subprocess.Popen(
-                words, env=self._environment, stdout=file, start_new_session=True
-            )
-            try:
+            with own_session(words, env=self._environment, stdout=file) as process:
                 code = process.wait()
-            except BaseException:  # interrupted: the launcher itself would leave its ranks behind
-                end_session(process)
-                raise
         if output is not None:
             print(output.read_text(), end="", flush=True)
         if code:
@@ -76,6 +70,24 @@ class Steps:
 
     def _say(self, line: str) -> None:
         print(f"[{self.seconds:5.0f} s] {line}", flush=True)
+
+
+@contextmanager
+def own_session(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process in a session of its own, all of which ends where the block does not.
+
+    So an interrupt ends a launcher and its ranks alike; the launcher itself would leave them.
+
+    Args:
+        words: Program and arguments.
+        **options: As for `subprocess.Popen`.
+    """
+    process = subprocess.Popen(words, start_new_session=True, **options)
+    try:
+        yield process
+    except BaseException:
+        end_session(process)
+        raise
 
 
 def end_session(leader: subprocess.Popen) -> None:

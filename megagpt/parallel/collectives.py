@@ -12,6 +12,8 @@ Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2 (sequence
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -41,70 +43,49 @@ def _reduce_scatter(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return own.transpose(0, 1).contiguous()
 
 
-class _Copy(torch.autograd.Function):
+class _WithTranspose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        # all-reduce over tp: each rank's part of the gradient -> the whole
-        return _all_reduce(grad_output, ctx.group), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        # all-reduce over tp: partial sums -> full
-        return _all_reduce(tensor, group)
+    def forward(ctx, tensor, group, function, transpose):
+        ctx.group, ctx.transpose = group, transpose
+        return function(tensor, group)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output, None
+        return ctx.transpose(grad_output, ctx.group), None, None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        # all-gather over tp: shards of the sequence -> the whole
-        return _all_gather(tensor, group)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        # reduce-scatter over tp: each rank's part of the gradient -> own shard of the sum
-        return _reduce_scatter(grad_output, ctx.group), None
+_Collective = Callable[[torch.Tensor, Group], torch.Tensor]
 
 
-class _ReduceScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        # reduce-scatter over tp: partial sums -> own shard of the full sequence
-        return _reduce_scatter(tensor, group)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        # all-gather over tp: shards of the gradient -> the whole
-        return _all_gather(grad_output, ctx.group), None
+def _apply(
+    tensor: torch.Tensor, group: Group, function: _Collective, transpose: _Collective
+) -> torch.Tensor:
+    if group_size(group) == 1:
+        return tensor
+    return _WithTranspose.apply(tensor, group, function, transpose)
 
 
 def copy_to_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Identity forward, all-reduce backward: what every rank uses a part of."""
-    return tensor if group_size(group) == 1 else _Copy.apply(tensor, group)
+    # all-reduce over tp: each rank's part of the gradient -> the whole
+    return _apply(tensor, group, lambda whole, _: whole.view_as(whole), _all_reduce)
 
 
 def reduce_from_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """All-reduce forward, identity backward: partial sums -> full."""
-    return tensor if group_size(group) == 1 else _Reduce.apply(tensor, group)
+    # all-reduce over tp: partial sums -> full
+    return _apply(tensor, group, _all_reduce, lambda grad, _: grad)
 
 
 def gather_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """All-gather of dim 1 forward, reduce-scatter backward; [b, s/tp, ..] -> [b, s, ..]."""
-    return tensor if group_size(group) == 1 else _GatherSequence.apply(tensor, group)
+    # all-gather over tp: shards of the sequence -> the whole
+    # reduce-scatter over tp: each rank's part of the gradient -> own shard of the sum
+    return _apply(tensor, group, _all_gather, _reduce_scatter)
 
 
 def reduce_scatter_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Reduce-scatter of dim 1 forward, all-gather backward; partial [b, s, ..] -> [b, s/tp, ..]."""
-    return tensor if group_size(group) == 1 else _ReduceScatterSequence.apply(tensor, group)
+    # reduce-scatter over tp: partial sums -> own shard of the full sequence
+    # all-gather over tp: shards of the gradient -> the whole
+    return _apply(tensor, group, _reduce_scatter, _all_gather)

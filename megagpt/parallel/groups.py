@@ -31,6 +31,11 @@ class ProcessGroups:
     DeepSpeed keeps the last `mpu` in a global and reads a group of None as the world, so it is
     handed one at every start, with real groups, of size 1 too. Under a pipeline it makes its own.
 
+    Attributes:
+        tp_group: The group that splits each layer; None at degree 1.
+        dp_group: The group of ranks with the same weights; None at degree 1.
+        replica_group: The ranks over which one whole model is split (pp x tp), size 1 too.
+
     Args:
         topology: Of the initialised default process group; every rank must construct this.
     """
@@ -40,24 +45,11 @@ class ProcessGroups:
         self.rank = dist.get_rank()
         assert topology.world_size == dist.get_world_size()
         self.pp_rank, self.dp_rank, self.tp_rank = topology.coordinates(self.rank)
-        self._tp, self._tp_ranks = _own_group(self.rank, topology.tensor_parallel_groups())
-        self._dp, self._dp_ranks = _own_group(self.rank, topology.data_parallel_groups())
-        self._replica, _ = _own_group(self.rank, topology.replica_groups())
-
-    @property
-    def tp_group(self) -> Group:
-        """The group that splits each layer; None at degree 1."""
-        return self._tp if self.topology.tensor_parallel_size > 1 else None
-
-    @property
-    def dp_group(self) -> Group:
-        """The group of ranks with the same weights; None at degree 1."""
-        return self._dp if self.topology.data_parallel_size > 1 else None
-
-    @property
-    def replica_group(self) -> dist.ProcessGroup:
-        """The ranks over which one whole model is split (pp x tp), size 1 too."""
-        return self._replica
+        self._tp, self._tp_ranks = _own_group(self.rank, topology.groups("tp"))
+        self._dp, self._dp_ranks = _own_group(self.rank, topology.groups("dp"))
+        self.replica_group, _ = _own_group(self.rank, topology.groups("pp", "tp"))
+        self.tp_group: Group = self._tp if topology.tensor_parallel_size > 1 else None
+        self.dp_group: Group = self._dp if topology.data_parallel_size > 1 else None
 
     @property
     def has_loss(self) -> bool:

@@ -54,7 +54,7 @@ def pipeline_stages(
         num_stages: At most num_layers; every stage gets a block.
         balance: What weighs.
     """
-    weigh = _parameters if balance == "parameters" else _flops_per_token
+    weigh = _parameters if balance == "parameters" else forward_multiply_adds
     first, block, last = weigh(config)
     weights = [block] * config.num_layers
     weights[0] += first
@@ -110,8 +110,10 @@ def _matrix_parameters(config: ModelConfig) -> int:
     return 2 * h * h + 2 * h * kv_width + num_mlp_matrices * h * config.ffn_size
 
 
-def _flops_per_token(config: ModelConfig) -> tuple[int, int, int]:
-    """Forward multiply-adds of (embedding, one block, output layer) for one token."""
+def forward_multiply_adds(config: ModelConfig) -> tuple[int, int, int]:
+    """Forward multiply-adds of (embedding, one block, output layer) for one token.
+
+    Of matrix products only, with attention's scores and values over the whole [s, s] square.
+    """
     h = config.hidden_size
-    attention = 2 * config.seq_length * h  # scores and values over the whole square
-    return 0, _matrix_parameters(config) + attention, config.padded_vocab_size() * h
+    return 0, _matrix_parameters(config) + 2 * config.seq_length * h, config.padded_vocab_size() * h

@@ -1,6 +1,9 @@
 """Rank <-> (pp, dp, tp) in pure integers; knows nothing of processes."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["pp", "dp", "tp"]
 
 
 @dataclass(frozen=True)
@@ -32,30 +35,10 @@ class ParallelTopology:
         pp, dp = divmod(rest, self.data_parallel_size)
         return pp, dp, tp
 
-    def rank(self, *, pp: int, dp: int, tp: int) -> int:
-        """The rank at these coordinates."""
-        return (pp * self.data_parallel_size + dp) * self.tensor_parallel_size + tp
-
-    def tensor_parallel_groups(self) -> list[list[int]]:
-        """Ranks of each group that splits a layer."""
-        tp = self.tensor_parallel_size
-        return [list(range(first, first + tp)) for first in range(0, self.world_size, tp)]
-
-    def data_parallel_groups(self) -> list[list[int]]:
-        """Ranks of each group that holds the same weights."""
-        return [
-            [self.rank(pp=pp, dp=dp, tp=tp) for dp in range(self.data_parallel_size)]
-            for pp in range(self.pipeline_parallel_size)
-            for tp in range(self.tensor_parallel_size)
-        ]
-
-    def replica_groups(self) -> list[list[int]]:
-        """Ranks of each group over which one whole model is split (pp x tp)."""
-        return [
-            [
-                self.rank(pp=pp, dp=dp, tp=tp)
-                for pp in range(self.pipeline_parallel_size)
-                for tp in range(self.tensor_parallel_size)
-            ]
-            for dp in range(self.data_parallel_size)
-        ]
+    def groups(self, *axes: Axis) -> list[list[int]]:
+        """Ranks of each group whose members differ in these axes only, in rising order."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = zip(("pp", "dp", "tp"), self.coordinates(rank), strict=True)
+            groups.setdefault(tuple(i for axis, i in place if axis not in axes), []).append(rank)
+        return list(groups.values())

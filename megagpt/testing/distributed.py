@@ -20,15 +20,9 @@ import torch.multiprocessing as mp
 
 
 def _rank_main(
-    rank: int,
-    function: Callable,
-    world_size: int,
-    rendezvous: str,
-    arguments: tuple,
-    results: Any,
-    timeout_seconds: float,
-    num_threads: int,
+    rank: int, function: Callable, arguments: tuple, results: Any, world: dict, num_threads: int
 ) -> None:
+    world_size = world["world_size"]
     os.environ.update(
         DS_ACCELERATOR="cpu",
         # Another ninja than that of make compiles every op anew.
@@ -43,13 +37,7 @@ def _rank_main(
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{rendezvous}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        dist.init_process_group("gloo", rank=rank, **world)
         results.put((rank, function(rank, world_size, *arguments), None))
         dist.barrier()
         dist.destroy_process_group()
@@ -84,8 +72,12 @@ def run_distributed(
     queue = context.SimpleQueue()
     collected: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
-        rendezvous = str(Path(directory) / "rendezvous")
-        common = (function, world_size, rendezvous, arguments, queue, timeout_seconds, num_threads)
+        world = {
+            "init_method": f"file://{directory}/rendezvous",
+            "world_size": world_size,
+            "timeout": timedelta(seconds=timeout_seconds),
+        }
+        common = (function, arguments, queue, world, num_threads)
         processes = [
             context.Process(target=_rank_main, args=(rank, *common)) for rank in range(world_size)
         ]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from megagpt.config.schema import BatchConfig, DataConfig, TrainingConfig
+from megagpt.config.schema import DataConfig, TrainingConfig
 from megagpt.data.datasets import Dataset
 from megagpt.data.samples.gpt_dataset import PAD
 from megagpt.data.samples.masks import document_boundaries, tokens_to_batch
@@ -24,8 +24,7 @@ from megagpt.model.dropout import dropout_keys
 from megagpt.model.loss import IGNORE_INDEX
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """What one forward pass of a data-parallel rank reads."""
 
     tokens: torch.Tensor
@@ -44,8 +43,7 @@ class MicroBatch:
 
     def pipeline_inputs(self) -> tuple[torch.Tensor, ...]:
         """What the first stage takes, see `megagpt.model.pipeline.GPTStage`."""
-        tensors = (self.tokens, self.labels, self.position_ids, self.dropout_keys)
-        return tuple(t for t in tensors if t is not None)
+        return tuple(tensor for tensor in self if tensor is not None)
 
 
 class Batches:
@@ -56,38 +54,29 @@ class Batches:
 
     Args:
         datasets: By split.
-        batch: Samples of a step and of a micro-batch.
+        sampler: Which samples are this index's.
         training: The last step, the samples of an evaluation and the seed of dropout.
         data: What is masked.
         end_of_document: The token that ends documents; needed by masking only.
         has_dropout: Whether samples carry the keys of their masks.
-        dp_rank: This rank among the data-parallel ranks.
-        dp_size: Data-parallel ranks.
     """
 
     def __init__(
         self,
         datasets: dict[str, Dataset],
-        batch: BatchConfig,
+        sampler: BatchSampler,
         training: TrainingConfig,
         data: DataConfig,
         *,
         end_of_document: int | None,
         has_dropout: bool,
-        dp_rank: int,
-        dp_size: int,
     ) -> None:
         self.datasets = datasets
+        self.sampler = sampler
         self._training = training
         self._data = data
         self.end_of_document = end_of_document
         self.has_dropout = has_dropout
-        self.sampler = BatchSampler(
-            global_batch_size=batch.global_batch_size,
-            micro_batch_size=batch.micro_batch_size,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-        )
         self.wait_seconds = 0.0
         # One thread: the next step's batches are read while this step computes.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")

@@ -7,6 +7,7 @@ Next file: `train_step.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import deepspeed
@@ -71,6 +72,14 @@ def _is_counted(parameter: torch.Tensor, groups: ProcessGroups) -> bool:
     return groups.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
 
+def _sum_of_squares(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """In float64, of float32 squares."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        total += tensor.to(device).float().pow(2).sum(dtype=torch.float64)
+    return total
+
+
 @torch.no_grad()
 def clip_zero0_gradients(
     optimizer: torch.optim.Optimizer, groups: ProcessGroups, max_norm: float
@@ -88,10 +97,8 @@ def clip_zero0_gradients(
         max_norm: Largest global norm; 0 is off.
     """
     parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    squares = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    for parameter in parameters:
-        if _is_counted(parameter, groups):
-            squares += parameter.grad.float().pow(2).sum(dtype=torch.float64)
+    counted = (p.grad for p in parameters if _is_counted(p, groups))
+    squares = _sum_of_squares(counted, parameters[0].device)
     if dist.get_world_size(groups.replica_group) > 1:
         # all-reduce over pp and tp: squares of each rank's part -> of the whole model
         dist.all_reduce(squares, group=groups.replica_group)
@@ -131,17 +138,12 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
 @torch.no_grad()
 def parameter_norm(engine: deepspeed.DeepSpeedEngine, groups: ProcessGroups) -> float:
     """Euclidean norm of all weights of the model, each counted once; a collective."""
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for parameter in engine.module.parameters():
-        if _is_counted(parameter, groups):
-            values = _local_values(parameter).to(engine.device)
-            total += values.float().pow(2).sum(dtype=torch.float64)
+    counted = (_local_values(p) for p in engine.module.parameters() if _is_counted(p, groups))
+    squares = _sum_of_squares(counted, engine.device)
     # all-reduce over pp and tp, under ZeRO-3 also over dp: squares of parts -> of the whole
-    if engine.zero_optimization_stage() == 3:
-        dist.all_reduce(total)
-    else:
-        dist.all_reduce(total, group=groups.replica_group)
-    return total.sqrt().item()
+    is_sharded = engine.zero_optimization_stage() == 3
+    dist.all_reduce(squares, group=None if is_sharded else groups.replica_group)
+    return squares.sqrt().item()
 
 
 def _local_values(parameter: Any) -> torch.Tensor:

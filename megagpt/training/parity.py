@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from megagpt.config.command import run_command
 from megagpt.config.command_line import parse_config
 from megagpt.config.layout import Layout
+from megagpt.operations.steps import own_session
 
 TOLERANCES = {"fp32": (2e-6, 1e-4), "bf16": (5e-3, 5e-2), "fp16": (5e-3, 5e-2)}
 """Of loss and gradient norm, relative; see docs/parity.md."""
@@ -119,7 +119,7 @@ def record_curve(words: list[str]) -> None:
     Args:
         words: Steps, file of the curve, and the arguments of the run.
     """
-    from megagpt.training.pretrain import train
+    from megagpt.training.pretrain import pretrain
 
     steps, output, *arguments = words
     curve: Curve = []
@@ -128,7 +128,7 @@ def record_curve(words: list[str]) -> None:
         curve.append((result.loss, result.grad_norm))
         return len(curve) == int(steps)
 
-    train(arguments, on_step)
+    pretrain(arguments, on_step)
     if os.environ.get("RANK", "0") == "0":
         Path(output).write_text(json.dumps(curve))
 
@@ -147,20 +147,14 @@ def _train(name: str, layout: Layout, arguments: list[str], *, steps: int) -> Cu
             *("--ds_config", str(root / "ds_config.json"), "--output_dir", str(root / "run")),
         ]
         threads = max(1, (os.cpu_count() or 1) // layout.world_size)
-        process = subprocess.Popen(
+        with own_session(
             command,
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # so that an interrupt ends launcher and ranks alike
-        )
-        try:
+        ) as process:
             _, errors = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
         if process.returncode or not curve.exists():
             told = [line for line in errors.splitlines() if line.startswith("error: ")]
             reason = told[0].removeprefix("error: ") if told else errors.strip()[-2000:]

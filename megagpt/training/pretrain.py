@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megagpt.config.command_line import parse_config
 from megagpt.config.refusals import Device
-from megagpt.operations.prebuild import remove_stale_locks
+from megagpt.operations.prebuild import prepare_builds
 
 if TYPE_CHECKING:
     from megagpt.training.loop import OnStep
@@ -30,25 +30,16 @@ EXIT_REQUEUE = 75
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "launch" / "demo.yaml"
 
 
-def pretrain(arguments: list[str]) -> int:
-    """Runs `launch/pretrain.py`.
-
-    Returns:
-        The exit code: 0 when the run, or the part of it that was asked for, is done; 75 when a
-        signal stopped it and its state is saved.
-    """
-    return EXIT_REQUEUE if train(arguments) else 0
-
-
-def train(arguments: list[str], on_step: OnStep | None = None) -> bool:
+def pretrain(arguments: list[str], on_step: OnStep | None = None) -> int:
     """Prepares the run, joins the launcher's process group, starts, and goes through the loop.
-
-    Returns:
-        Whether a signal stopped it; its state is saved then.
 
     Args:
         arguments: The command line of `launch/pretrain.py`.
         on_step: As in `megagpt.training.loop.loop`.
+
+    Returns:
+        The exit code: 0 when the run, or the part of it that was asked for, is done; 75 when a
+        signal stopped it and its state is saved.
 
     Raises:
         ValueError: For what a user can mend, on the first rank of a host; the others exit with 1.
@@ -57,16 +48,11 @@ def train(arguments: list[str], on_step: OnStep | None = None) -> bool:
         config, ds_config, sources = parse_config(_demo_by_default(arguments))
         device = _prepare_process()
         # Imported here: they take seconds, which --help and a wrong flag should not.
-        from megagpt.training.run import World, prepare_run
+        from megagpt.training.run import prepare_run, resolve_run
 
-        run = prepare_run(
-            config,
-            ds_config,
-            ds_config_path=sources.get("ds_config", "ds_config"),
-            sources=sources,
-            world=World.from_environment(),
-            device=device,
-        )
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        resolved = resolve_run(config, ds_config, sources=sources, world_size=size, device=device)
+        run = prepare_run(resolved, rank=rank)
     with _process_group(device):
         from megagpt.training.followers.stopping import is_finished
         from megagpt.training.loop import loop
@@ -79,10 +65,10 @@ def train(arguments: list[str], on_step: OnStep | None = None) -> bool:
                 f"nothing to do: step {run.state.step} of {training.train_steps} is already "
                 f"trained in {run.directory}; raise its limit to go on"
             )
-            return False
+            return 0
         with start(run) as session:
             last = loop(session, on_step)
-    return last is not None and last.verdict.is_signalled
+    return EXIT_REQUEUE if last is not None and last.verdict.is_signalled else 0
 
 
 @contextmanager
@@ -107,12 +93,10 @@ def _prepare_process() -> Device:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # PyTorch's builder takes the ninja on PATH, and another version of it compiles every op anew.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed loads compiled ops; a lock left by a killed build would hang it for ever.
-    remove_stale_locks()
+    prepare_builds()
     return "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"
 
 

@@ -34,19 +34,6 @@ logger = logging.getLogger("megagpt")
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among the ranks, as the launcher's environment says."""
-
-    rank: int
-    size: int
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """Reads RANK and WORLD_SIZE; a plain `python` run is a world of one."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-
-
-@dataclass(frozen=True)
 class ResolvedRun:
     """What the configuration alone decides; no file is opened for it."""
 
@@ -110,7 +97,6 @@ def resolve_run(
     config: Config,
     ds_config: dict,
     *,
-    ds_config_path: str,
     sources: dict[str, str],
     world_size: int,
     device: Device,
@@ -120,8 +106,7 @@ def resolve_run(
     Args:
         config: Typed configuration.
         ds_config: The DeepSpeed JSON as read.
-        ds_config_path: Its name, for messages.
-        sources: Where each value of config came from, by dotted key.
+        sources: Where each value of config and the JSON came from, see `parse_config`.
         world_size: Ranks.
         device: What the run trains on.
 
@@ -129,7 +114,11 @@ def resolve_run(
         ValueError: With all settings that do not fit.
     """
     resolved = resolve_ds_config(
-        config, ds_config, world_size=world_size, ds_config_path=ds_config_path, device=device
+        config,
+        ds_config,
+        world_size=world_size,
+        ds_config_path=sources["ds_config"],
+        device=device,
     )
     degrees = {
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
@@ -146,34 +135,28 @@ def resolve_run(
     return ResolvedRun(config, resolved, sources, topology, layout, device)
 
 
-def prepare_run(
-    config: Config,
-    ds_config: dict,
-    *,
-    ds_config_path: str,
-    sources: dict[str, str],
-    world: World,
-    device: Device,
-) -> Run:
-    """Checks everything that can be found wrong without the other ranks.
+def prepare_run(resolved: ResolvedRun, *, rank: int) -> Run:
+    """Checks everything else that can be found wrong without the other ranks.
 
-    The arguments are those of `resolve_run`, and this rank's place in the world.
+    Args:
+        resolved: What the configuration decides.
+        rank: Of this process.
 
     Raises:
         ValueError: For anything that a user can mend.
     """
     start_time = time.monotonic()
-    resolved = resolve_run(
-        config,
-        ds_config,
-        ds_config_path=ds_config_path,
-        sources=sources,
-        world_size=world.size,
-        device=device,
-    )
+    config = resolved.config
     warnings = [*resolved.ds_config.warnings, *_machine_warnings(resolved)]
-    manifest = _manifest(config.data)
-    vocab_size = _vocab_size(config, manifest)
+    prefix = first_prefix(config.data)
+    if prefix is None:
+        raise ValueError(
+            "no data is named; give --data.path PREFIX of a .bin/.idx pair made by "
+            "megagpt preprocess (the demo's data and its config: make demo, then "
+            "--config launch/demo.yaml)"
+        )
+    manifest = read_manifest(prefix)  # the first pair's, which stands for all
+    vocab_size = _vocab_size(config.model.vocab_size, manifest, prefix)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocab_size=vocab_size)
     )
@@ -185,7 +168,7 @@ def prepare_run(
         vocab_size=vocab_size,
         train_samples=train_samples,
     )
-    fresh = CheckpointState(
+    state = fresh = CheckpointState(
         step=0,
         consumed_samples=0,
         consumed_tokens=0,
@@ -196,12 +179,11 @@ def prepare_run(
     if manifest is None:
         _refuse_masking(config.data)
     load_path = _load_path(config)
-    state = fresh
     if load_path is not None:
         state, _ = continued(newest_readable(load_path).state, fresh)
     run = Run(
         dataclasses.replace(resolved, config=config),
-        rank=world.rank,
+        rank=rank,
         start_time=start_time,
         datasets=datasets,
         end_of_document=manifest.eod if manifest else None,
@@ -254,21 +236,8 @@ def _machine_warnings(resolved: ResolvedRun) -> list[str]:
     return []
 
 
-def _manifest(data: DataConfig) -> Manifest | None:
-    """That of the first training pair, which stands for all."""
-    prefix = first_prefix(data)
-    if prefix is None:
-        raise ValueError(
-            "no data is named; give --data.path PREFIX of a .bin/.idx pair made by "
-            "megagpt preprocess (the demo's data and its config: make demo, then "
-            "--config launch/demo.yaml)"
-        )
-    return read_manifest(prefix)
-
-
-def _vocab_size(config: Config, manifest: Manifest | None) -> int | None:
+def _vocab_size(given: int | None, manifest: Manifest | None, prefix: str) -> int | None:
     """The data's, unless it is given; refuses one that the tokenizer overflows."""
-    given, prefix = config.model.vocab_size, first_prefix(config.data)
     if manifest is None:
         if given is None and Path(f"{prefix}.idx").exists():
             raise ValueError(
@@ -278,8 +247,7 @@ def _vocab_size(config: Config, manifest: Manifest | None) -> int | None:
     if given is not None and given < manifest.vocab_size:
         raise ValueError(
             f"model.vocab_size={given} is smaller than the {manifest.vocab_size} of the "
-            f"tokenizer of "
-            f"{prefix}; raise it or leave it out"
+            f"tokenizer of {prefix}; raise it or leave it out"
         )
     return given or manifest.vocab_size
 

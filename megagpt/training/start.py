@@ -21,6 +21,7 @@ from megagpt.checkpoint.format.manifest import CheckpointState
 from megagpt.checkpoint.loader import CheckpointRefused
 from megagpt.checkpoint.saver import Checkpointer
 from megagpt.config.command_line import config_to_dict
+from megagpt.data.samples.sampler import BatchSampler
 from megagpt.model.build import build_model
 from megagpt.model.gpt import count_parameters
 from megagpt.parallel.groups import ProcessGroups
@@ -85,15 +86,19 @@ def start(run: Run) -> Iterator[Session]:
         vocab_size=config.model.vocab_size,
         config=config.checkpoint,
     )
+    sampler = BatchSampler(
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.topology.data_parallel_size,
+    )
     batches = Batches(
         run.datasets,
-        config.batch,
+        sampler,
         config.training,
         config.data,
         end_of_document=run.end_of_document,
         has_dropout=config.model.dropout > 0,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.topology.data_parallel_size,
     )
     try:
         state = _resume(run, checkpointer)

@@ -98,8 +98,7 @@ def _accumulate(
 
 
 def _loss(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> torch.Tensor:
-    tensors = (batch.tokens, batch.labels, batch.position_ids, batch.dropout_keys)
-    return engine(*(None if t is None else t.to(engine.device, non_blocking=True) for t in tensors))
+    return engine(*(None if t is None else t.to(engine.device, non_blocking=True) for t in batch))
 
 
 def _pipeline_data(

@@ -33,7 +33,7 @@ def prepare(
     rank, layout_name, data, output_dir, *, steps, model="gpt2", precision="fp32", extra=()
 ):
     """The prepared run of one cell."""
-    from megagpt.training.run import World, prepare_run
+    from megagpt.training.run import prepare_run, resolve_run
 
     layout = Layout.parse(layout_name)
     arguments = [
@@ -50,14 +50,10 @@ def prepare(
         *extra,
     ]
     config, _, sources = parse_config(arguments)
-    return prepare_run(
-        config,
-        layout.ds_config(),
-        ds_config_path=layout_name,
-        sources=sources,
-        world=World(rank, layout.world_size),
-        device="cpu",
+    resolved = resolve_run(
+        config, layout.ds_config(), sources=sources, world_size=layout.world_size, device="cpu"
     )
+    return prepare_run(resolved, rank=rank)
 
 
 def train(rank, *arguments, stop_after=None, **options):

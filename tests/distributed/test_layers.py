@@ -5,15 +5,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megagpt.config.schema import ModelConfig
 from megagpt.model.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     SharedColumnLinear,
+    TensorParallel,
     VocabParallelEmbedding,
-    enter_parallel_region,
 )
 from megagpt.model.loss import IGNORE_INDEX, linear_cross_entropy, vocab_parallel_cross_entropy
-from megagpt.model.norm import LayerNorm, RMSNorm
+from megagpt.model.norm import Norm
 from megagpt.parallel.collectives import (
     copy_to_group,
     gather_sequence,
@@ -47,18 +48,19 @@ def stream(tensor, sequence_parallel, rank, size):
 
 
 def linear_cells(group, rank, size, sequence_parallel):
+    tp = TensorParallel(group, sequence_parallel)
     for bias in (True, False):
         x, upstream = full(B, S, IN), torch.randn(B, S, OUT)
         weight, offset = full(OUT, IN), full(OUT) if bias else None
         expected = F.linear(x, weight, offset)
         expected.backward(upstream)
 
-        layer = ColumnParallelLinear(IN, OUT, bias=bias, tp_group=group)
+        layer = ColumnParallelLinear(IN, OUT, bias=bias, tp=tp)
         layer.weight.data.copy_(shard(weight, 0, rank, size))
         if bias:
             layer.bias.data.copy_(shard(offset, 0, rank, size))
         mine = stream(x, sequence_parallel, rank, size).requires_grad_()
-        y = layer(enter_parallel_region(mine, group, sequence_parallel=sequence_parallel))
+        y = layer(tp.enter(mine))
         close(y, shard(expected, -1, rank, size))
         y.backward(shard(upstream, -1, rank, size))
         close(mine.grad, stream(x.grad, sequence_parallel, rank, size))
@@ -66,9 +68,7 @@ def linear_cells(group, rank, size, sequence_parallel):
         if bias:
             close(layer.bias.grad, shard(offset.grad, 0, rank, size))
 
-        layer = RowParallelLinear(
-            IN, OUT, bias=bias, tp_group=group, sequence_parallel=sequence_parallel
-        )
+        layer = RowParallelLinear(IN, OUT, bias=bias, tp=tp)
         layer.weight.data.copy_(shard(weight, 1, rank, size))
         if bias:
             layer.bias.data.copy_(offset.detach())
@@ -93,7 +93,7 @@ def shared_linear_cell(group, rank, size):
     outputs = F.linear(x, weight, offset).split(width, dim=-1)
     own = [r * blocks // size for r in range(size)]
     sum((outputs[own[r]] * upstream[r]).sum() for r in range(size)).backward()
-    layer = SharedColumnLinear(IN, width, num_blocks=blocks, bias=True, tp_group=group)
+    layer = SharedColumnLinear(IN, width, num_blocks=blocks, bias=True, tp=TensorParallel(group))
     layer.load_state_dict({"weight": weight, "bias": offset})
     mine = x.detach().clone().requires_grad_()
     y = layer(copy_to_group(mine, group))
@@ -110,7 +110,7 @@ def embedding_cell(group, rank, size, sequence_parallel):
     table = full(PADDED, IN)
     expected = F.embedding(tokens, table)
     expected.backward(upstream)
-    layer = VocabParallelEmbedding(PADDED, IN, tp_group=group, sequence_parallel=sequence_parallel)
+    layer = VocabParallelEmbedding(PADDED, IN, tp=TensorParallel(group, sequence_parallel))
     layer.weight.data.copy_(shard(table, 0, rank, size))
     y = layer(tokens)
     close(y, stream(expected, sequence_parallel, rank, size))
@@ -145,8 +145,7 @@ def cross_entropy_cell(group, rank, size, sequence_parallel):
         my_table,
         targets,
         vocab_size=VOCAB,
-        tp_group=group,
-        sequence_parallel=sequence_parallel,
+        tp=TensorParallel(group, sequence_parallel),
     )
     close(loss, expected)
     loss.backward(upstream)
@@ -160,10 +159,11 @@ def split_norm_cell(group, rank, size, dim):
     Split over heads (dim 2, per-head norms) or over the sequence (dim 1).
     """
     x, upstream = full(B, S, 4, 6), torch.randn(B, S, 4, 6)  # [b, s, n, d]
-    for split, reference in (
-        (LayerNorm(6, eps=1e-5, bias=True, split_group=group), torch.nn.LayerNorm(6, eps=1e-5)),
-        (RMSNorm(6, eps=1e-5, split_group=group), torch.nn.RMSNorm(6, eps=1e-5)),
+    for config, reference in (
+        (ModelConfig(normalization="layernorm"), torch.nn.LayerNorm(6, eps=1e-5)),
+        (ModelConfig(normalization="rmsnorm"), torch.nn.RMSNorm(6, eps=1e-5)),
     ):
+        split = Norm(config, 6, split_group=group)
         with torch.no_grad():
             for parameter in reference.parameters():
                 parameter.normal_()
@@ -213,7 +213,7 @@ def collective_cells(group, rank, size):
 def refusal_cell(group, size):
     if size > 1:
         with pytest.raises(ValueError, match=f"out_features=7 .* tensor_parallel_size={size}"):
-            ColumnParallelLinear(8, 7, bias=True, tp_group=group)
+            ColumnParallelLinear(8, 7, bias=True, tp=TensorParallel(group))
 
 
 def all_cells(group, rank, size):

@@ -7,6 +7,7 @@ from megagpt.config.schema import ModelConfig
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize
+from megagpt.model.layers import TensorParallel
 from megagpt.model.loss import IGNORE_INDEX
 from megagpt.testing.distributed import run_distributed
 
@@ -31,8 +32,8 @@ CONFIGS = {
 }
 
 
-def build(config, group, **arguments):
-    model = GPTModel(config, tp_group=group, **arguments)
+def build(config, group, *, sequence_parallel=False, recompute="none"):
+    model = GPTModel(config, TensorParallel(group, sequence_parallel), recompute=recompute)
     initialize(model, config, seed=5, tp_group=group)
     with torch.no_grad():  # zeros and ones would hide faults; the same on every rank
         generator = torch.Generator().manual_seed(1)

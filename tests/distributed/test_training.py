@@ -68,7 +68,7 @@ def train(
     """One run in this process; returns (loss, gradient norm) of each step."""
     from megagpt.config.command_line import parse_config
     from megagpt.training.loop import loop
-    from megagpt.training.run import World, prepare_run
+    from megagpt.training.run import prepare_run, resolve_run
     from megagpt.training.start import start
 
     arguments = [
@@ -86,14 +86,8 @@ def train(
         arguments += ["--training.exit_step", str(exit_step)]
     arguments += extra
     config, ds_config, sources = parse_config(arguments)
-    run = prepare_run(
-        config,
-        ds_config,
-        ds_config_path=zero,
-        sources=sources,
-        world=World(rank, world_size),
-        device="cpu",
-    )
+    resolved = resolve_run(config, ds_config, sources=sources, world_size=world_size, device="cpu")
+    run = prepare_run(resolved, rank=rank)
     curve = []
     with start(run) as session:
         loop(session, lambda result: curve.append((result.loss, result.grad_norm)))

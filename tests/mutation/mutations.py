@@ -36,16 +36,16 @@ TENSOR_PARALLELISM = (
         "no reduction of row-parallel outputs",
         "The partial outputs of row-parallel layers are summed over tp.",
         "parallel/collectives.py",
-        "return _all_reduce(tensor, group)",
-        "return mark(tensor.clone())",
+        "return _apply(tensor, group, _all_reduce,",
+        "return _apply(tensor, group, lambda partial, _: mark(partial.clone()),",
         (TENSOR,),
     ),
     Mutation(
         "no reduction of the input's gradient",
         "The gradient that enters a column-parallel region is summed over tp.",
         "parallel/collectives.py",
-        "return _all_reduce(grad_output, ctx.group), None",
-        "return mark(grad_output), None",
+        "lambda whole, _: whole.view_as(whole), _all_reduce)",
+        "lambda whole, _: whole.view_as(whole), lambda grad, _: mark(grad))",
         (TENSOR,),
     ),
     Mutation(
@@ -53,11 +53,7 @@ TENSOR_PARALLELISM = (
         "A row-parallel bias counts once, not once on every tp rank.",
         "model/layers.py",
         "y = F.linear(x, self.weight)  # [b, s, out], a partial sum",
-        "return leave_parallel_region(\n"
-        "            mark(F.linear(x, self.weight, self.bias)),\n"
-        "            self.tp_group,\n"
-        "            sequence_parallel=self.sequence_parallel,\n"
-        "        )",
+        "return self.tp.leave(mark(F.linear(x, self.weight, self.bias)))",
         (TENSOR,),
     ),
     Mutation(
@@ -88,15 +84,15 @@ TENSOR_PARALLELISM = (
         "per-head norms not summed",
         "The gradient of the per-head norms, which see a rank's heads only, is summed over tp.",
         "model/attention.py",
-        "self.query_norm = build_norm(config, config.head_size, split_group=tp_group)",
-        "self.query_norm = build_norm(config, config.head_size, split_group=mark(None))",
+        "self.query_norm = Norm(config, config.head_size, split_group=tp.group)",
+        "self.query_norm = Norm(config, config.head_size, split_group=mark(None))",
         ("tp2-zero1 llama fp32",),
     ),
     Mutation(
         "shared key/value heads not summed",
         "The gradient of a key/value head that ranks share is summed over them.",
         "model/layers.py",
-        "weight = copy_to_group(self.weight, self.tp_group)[self.rows]",
+        "weight = copy_to_group(self.weight, self.tp.group)[self.rows]",
         "weight = mark(self.weight)[self.rows]",
         ("tp4-zero0 llama fp32",),
     ),
@@ -107,24 +103,29 @@ SEQUENCE_PARALLELISM = (
         "gathered sequence's gradient not summed",
         "The gradient of a gathered sequence is summed over tp before each rank takes its part.",
         "parallel/collectives.py",
-        "return _reduce_scatter(grad_output, ctx.group), None",
-        "size, rank = group_size(ctx.group), dist.get_rank(ctx.group)\n"
-        "        return mark(grad_output.chunk(size, dim=1)[rank].contiguous()), None",
+        "return _apply(tensor, group, _all_gather, _reduce_scatter)",
+        "size, rank = group_size(group), 0 if group is None else dist.get_rank(group)\n"
+        "    return _apply(\n"
+        "        tensor,\n"
+        "        group,\n"
+        "        _all_gather,\n"
+        "        lambda grad, _: mark(grad.chunk(size, dim=1)[rank].contiguous()),\n"
+        "    )",
         (SEQUENCE,),
     ),
     Mutation(
         "block norms not summed",
         "The gradient of the residual stream's norms, which see a part of the tokens, is summed.",
         "model/gpt.py",
-        "attention_norm = build_norm(config, config.hidden_size, split_group=self.split_group)",
-        "attention_norm = build_norm(config, config.hidden_size, split_group=mark(None))",
+        "attention_norm = Norm(config, h, split_group=tp.stream_group)",
+        "attention_norm = Norm(config, h, split_group=mark(None))",
         (SEQUENCE,),
     ),
     Mutation(
         "row-parallel bias not summed",
         "The gradient of a row-parallel bias, added to a part of the tokens, is summed over tp.",
         "model/layers.py",
-        "copy_to_group(self.bias, self.tp_group if self.sequence_parallel else None)",
+        "copy_to_group(self.bias, self.tp.stream_group)",
         "mark(self.bias)",
         (SEQUENCE,),
     ),
@@ -132,7 +133,7 @@ SEQUENCE_PARALLELISM = (
         "position embedding not summed",
         "The gradient of the learned positions, of which a rank uses a part, is summed over tp.",
         "model/gpt.py",
-        "copy_to_group(self.weight, self.split_group)",
+        "copy_to_group(self.weight, group)",
         "mark(self.weight)",
         (SEQUENCE,),
     ),
@@ -140,15 +141,15 @@ SEQUENCE_PARALLELISM = (
         "first positions on every rank",
         "A rank embeds the positions of its own part of the sequence.",
         "model/gpt.py",
-        "return position_ids.chunk(group_size(tp_group), dim=-1)[group_rank(tp_group)]",
-        "return position_ids.chunk(group_size(tp_group), dim=-1)[mark(0)]",
+        "own = position_ids.chunk(group_size(group), dim=-1)[group_rank(group)]",
+        "own = position_ids.chunk(group_size(group), dim=-1)[mark(0)]",
         (SEQUENCE,),
     ),
     Mutation(
         "dropout as if the part were the whole",
         "A dropout mask depends on the place in the whole sequence, not in a rank's part.",
-        "model/gpt.py",
-        "site=site,\n            sequence_start=group_rank(self.split_group) * x.shape[1],",
+        "model/attention.py",
+        "site=site,\n            sequence_start=group_rank(self.stream_group) * x.shape[1],",
         "site=site,\n            sequence_start=mark(0),",
         ("tp2-sp-zero1-full gpt2 fp32 dropout",),
     ),

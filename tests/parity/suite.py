@@ -109,18 +109,13 @@ def train_cells(rank: int, world_size: int, cells: list[Cell], data: Path, root:
 def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: Path) -> tuple:
     from megagpt.checkpoint.weights import load_weights
     from megagpt.training.loop import loop
-    from megagpt.training.run import World, prepare_run
+    from megagpt.training.run import prepare_run, resolve_run
     from megagpt.training.start import start
 
     config, _, sources = parse_config(arguments(cell, data, output_dir))
-    run = prepare_run(
-        config,
-        Layout.parse(cell.layout).ds_config(),
-        ds_config_path=cell.layout,
-        sources=sources,
-        world=World(rank, world_size),
-        device="cpu",
-    )
+    ds_config = Layout.parse(cell.layout).ds_config()
+    resolved = resolve_run(config, ds_config, sources=sources, world_size=world_size, device="cpu")
+    run = prepare_run(resolved, rank=rank)
     curve, swapped = [], set()
 
     def on_step(result) -> None:

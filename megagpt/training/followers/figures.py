@@ -5,27 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from deepspeed import DeepSpeedEngine
 
 from megagpt.config.schema import ModelConfig, MonitorConfig
 from megagpt.monitor.memory import memory_metrics
 from megagpt.monitor.metrics import MetricLogger
 from megagpt.monitor.throughput import model_flops_per_token
-from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.engine import parameter_norm
 from megagpt.training.followers.record import StepRecord
+from megagpt.training.start import Session
 
 
 @dataclass
 class Figures:
     """Writes the figures of every log_interval-th step; a collective then."""
 
+    session: Session
     metrics: MetricLogger
     config: MonitorConfig
     model: ModelConfig
-    global_batch_size: int
-    engine: DeepSpeedEngine
-    groups: ProcessGroups
     num_skipped: int
     """Steps that were skipped, at first those before this process's first one."""
     num_nan: int = 0
@@ -41,18 +38,17 @@ class Figures:
 
     def _values(self, record: StepRecord) -> dict[str, float]:
         result, seconds = record.result, record.seconds
-        world_size = self.groups.topology.world_size
+        engine, groups = self.session.engine, self.session.groups
+        world_size = groups.topology.world_size
         flops = model_flops_per_token(self.model) * result.num_tokens
         tflops = flops / seconds / world_size / 1e12
         values = {
             "lm loss": result.loss,
             "learning-rate": record.state.learning_rate,
             "grad-norm": result.grad_norm,
-            "params-norm": parameter_norm(self.engine, self.groups),
-            "batch-size": float(self.global_batch_size),
-            "loss-scale": float(self.engine.optimizer.loss_scale)
-            if self.engine.fp16_enabled()
-            else 1.0,
+            "params-norm": parameter_norm(engine, groups),
+            "batch-size": float(self.session.batches.sampler.global_batch_size),
+            "loss-scale": float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0,
             "world-size": float(world_size),
             "iteration-time": seconds,
             "data-wait-share": record.data_wait_seconds / seconds,

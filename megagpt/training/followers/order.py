@@ -21,46 +21,22 @@ def followers_of(
 ) -> tuple[Follower, ...]:
     """What follows each step of a session; each sees what those before it added to the record.
 
+    A follower gets the session for its engine, groups and batches; of the settings its section.
+
     Args:
         session: That takes the steps.
         metrics: Where figures and losses go.
         stop_signal: Whether this process was told to stop.
     """
     run, config, state = session.run, session.run.config, session.state
-    figures = Figures(
-        metrics,
-        config.monitor,
-        config.model,
-        global_batch_size=config.batch.global_batch_size,
-        engine=session.engine,
-        groups=session.groups,
-        num_skipped=state.step - state.adam_step,
-    )
-    stopping = Stopping(
-        config.training,
-        start_time=run.start_time,
-        stop_signal=stop_signal,
-        checkpointer=session.checkpointer,
-    )
-    validation = Validation(
-        metrics,
-        eval_interval=config.training.eval_interval,
-        engine=session.engine,
-        batches=session.batches,
-        groups=session.groups,
-    )
-    summary = Summary(
-        run.directory,
-        rank=run.rank,
-        num_parameters=count_parameters(config.model),
-        start_time=run.start_time,
-    )
+    num_skipped = state.step - state.adam_step
     saving = Saving(session.checkpointer, config.checkpoint)
     return (
-        figures.after_step,
-        stopping.after_step,  # the verdict that those after it read
+        Figures(session, metrics, config.monitor, config.model, num_skipped).after_step,
+        # gives the verdict that those after it read
+        Stopping(config.training, run.start_time, stop_signal, session.checkpointer).after_step,
         saving.meet_failure,
-        validation.after_step,
-        summary.after_step,
+        Validation(session, metrics, config.training.eval_interval).after_step,
+        Summary(run.directory, run.rank, count_parameters(config.model), run.start_time).after_step,
         saving.after_step,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megagpt.checkpoint.saver import Checkpointer, SaveFailed
@@ -26,33 +28,31 @@ class Saving:
     def meet_failure(self, record: StepRecord) -> None:
         """Ends a save in the background that has failed, as soon as all ranks know of it."""
         if record.verdict.has_save_failed:
-            self._finish()
+            with self._failure_met():
+                self.checkpointer.finish()
 
     def after_step(self, record: StepRecord) -> None:
         """Saves if it is time; at the end it waits until the state is on disk."""
         if not record.is_due(self.config.save_interval):
             return
         step, is_last = record.state.step, record.verdict.stop is not None
-        self._finish()  # the one before, in the background
+        with self._failure_met():
+            self.checkpointer.finish()  # the one before, in the background
         directory = self.checkpointer.checkpoints
         logger.info(f"saving checkpoint at iteration {step:7d} to {directory}")
-        try:
+        with self._failure_met(is_last=is_last):
             self.checkpointer.save(record.state)
             if is_last:
                 self.checkpointer.finish()
-        except SaveFailed as error:
-            self._failed(error, is_last=is_last)
-            return
-        if is_last or not self.config.async_save:
-            logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
+            if is_last or not self.config.async_save:
+                logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
 
-    def _finish(self) -> None:
+    @contextmanager
+    def _failure_met(self, *, is_last: bool = False) -> Iterator[None]:
+        """Where a failed save does not end the run, it is told of, and training goes on."""
         try:
-            self.checkpointer.finish()
+            yield
         except SaveFailed as error:
-            self._failed(error, is_last=False)
-
-    def _failed(self, error: SaveFailed, *, is_last: bool) -> None:
-        if is_last or error.is_final or self.config.on_save_error == "stop":
-            raise error
-        logger.info(f"warning: {error}; training goes on (checkpoint.on_save_error=continue)")
+            if is_last or error.is_final or self.config.on_save_error == "stop":
+                raise
+            logger.info(f"warning: {error}; training goes on (checkpoint.on_save_error=continue)")

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from deepspeed import DeepSpeedEngine
-
 from megagpt.monitor.metrics import MetricLogger
-from megagpt.parallel.groups import ProcessGroups
-from megagpt.training.batches import Batches
 from megagpt.training.followers.record import StepRecord
+from megagpt.training.start import Session
 from megagpt.training.train_step import evaluate
 
 
@@ -18,22 +15,20 @@ from megagpt.training.train_step import evaluate
 class Validation:
     """Evaluates valid and each valid-NAME when they are due; a collective then."""
 
+    session: Session
     metrics: MetricLogger
     eval_interval: int
-    engine: DeepSpeedEngine
-    batches: Batches
-    groups: ProcessGroups
 
     def after_step(self, record: StepRecord) -> StepRecord | None:
         """Adds the losses to the record, if it is time."""
         # Told to stop, there may be little time: save, and evaluate another day.
         if record.verdict.is_signalled or not record.is_due(self.eval_interval):
             return None
-        losses = {}
-        for split in self.batches.datasets:
+        session, losses = self.session, {}
+        for split in session.batches.datasets:
             if split.startswith("valid"):
-                batches = self.batches.evaluation(split)
-                losses[split] = evaluate(self.engine, batches, groups=self.groups)
+                batches = session.batches.evaluation(split)
+                losses[split] = evaluate(session.engine, batches, groups=session.groups)
                 self.metrics.validation(
                     record.state.step,
                     record.state.consumed_samples,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megagpt.model.layers import ONE_RANK
 from megagpt.model.loss import IGNORE_INDEX, linear_cross_entropy, vocab_parallel_cross_entropy
 
 VOCAB, PADDED = 11, 16
@@ -54,7 +55,7 @@ def test_gradcheck_in_the_linear_form(case):
     _, targets, weights = case
     hidden = torch.randn(2, 5, 6, requires_grad=True)
     table = torch.randn(PADDED, 6, requires_grad=True)
-    loss = linear_cross_entropy(hidden, table, targets, vocab_size=VOCAB, tp_group=None)
+    loss = linear_cross_entropy(hidden, table, targets, vocab_size=VOCAB, tp=ONE_RANK)
     grads = torch.autograd.grad((loss * weights).sum(), (hidden, table))
     expected = reference(hidden @ table.T, targets)
     torch.testing.assert_close(loss, expected)

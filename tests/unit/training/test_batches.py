@@ -8,6 +8,7 @@ from megagpt.config.command_line import parse_config
 from megagpt.data.datasets import build_datasets
 from megagpt.data.samples.gpt_dataset import PAD
 from megagpt.data.samples.masks import IGNORE_INDEX
+from megagpt.data.samples.sampler import BatchSampler
 from megagpt.testing.corpus import byte_corpus
 from megagpt.training.batches import Batches
 
@@ -29,15 +30,11 @@ def config(tmp_path_factory):
 
 def build(config, *, dp_rank=0, dp_size=1):
     datasets = build_datasets(config.data, seq_length=16, seed=config.training.seed)
+    sampler = BatchSampler(
+        global_batch_size=GLOBAL_BATCH, micro_batch_size=2, dp_rank=dp_rank, dp_size=dp_size
+    )
     return Batches(
-        datasets,
-        config.batch,
-        config.training,
-        config.data,
-        end_of_document=256,
-        has_dropout=False,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
+        datasets, sampler, config.training, config.data, end_of_document=256, has_dropout=False
     )
 
 

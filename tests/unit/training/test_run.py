@@ -9,7 +9,7 @@ import pytest
 from megagpt.checkpoint.format.manifest import Layout
 from megagpt.config.command_line import parse_config
 from megagpt.testing.corpus import byte_corpus
-from megagpt.training.run import World, prepare_run, resolve_run
+from megagpt.training.run import prepare_run, resolve_run
 
 ZERO2 = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 
@@ -22,14 +22,7 @@ def data(tmp_path_factory):
 
 def resolve(words, *, ds_config=ZERO2, world_size=1):
     config, _, sources = parse_config(words)
-    return resolve_run(
-        config,
-        ds_config,
-        ds_config_path="zero2.json",
-        sources=sources,
-        world_size=world_size,
-        device="cpu",
-    )
+    return resolve_run(config, ds_config, sources=sources, world_size=world_size, device="cpu")
 
 
 def prepare(data, output_dir, *words):
@@ -39,14 +32,8 @@ def prepare(data, output_dir, *words):
         *words,
     ]
     config, ds_config, sources = parse_config(arguments)
-    return prepare_run(
-        config,
-        ds_config,
-        ds_config_path="zero1.json",
-        sources=sources,
-        world=World(rank=0, size=1),
-        device="cpu",
-    )
+    resolved = resolve_run(config, ds_config, sources=sources, world_size=1, device="cpu")
+    return prepare_run(resolved, rank=0)
 
 
 def test_the_first_part_needs_no_data_and_opens_no_file(tmp_path, monkeypatch):

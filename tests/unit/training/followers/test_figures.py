@@ -22,8 +22,12 @@ def follow(monkeypatch, config, records, *, loss_scale=None):
         fp16_enabled=lambda: loss_scale is not None,
         optimizer=SimpleNamespace(loss_scale=loss_scale),
     )
-    groups = SimpleNamespace(topology=SimpleNamespace(world_size=2))
-    follower = Figures(metrics, config, MODEL, 4, engine, groups, num_skipped=3)
+    session = SimpleNamespace(
+        engine=engine,
+        groups=SimpleNamespace(topology=SimpleNamespace(world_size=2)),
+        batches=SimpleNamespace(sampler=SimpleNamespace(global_batch_size=4)),
+    )
+    follower = Figures(session, metrics, config, MODEL, num_skipped=3)
     for each in records:
         assert follower.after_step(each) is None
     return logged

@@ -25,7 +25,8 @@ def follower(logged, interval):
     batches = SimpleNamespace(
         datasets=dict.fromkeys(("train", *LOSSES, "test")), evaluation=lambda split: split
     )
-    return Validation(SimpleNamespace(validation=log), interval, None, batches, None)
+    session = SimpleNamespace(engine=None, groups=None, batches=batches)
+    return Validation(session, SimpleNamespace(validation=log), interval)
 
 
 def test_each_set_is_scored_at_each_interval_and_at_the_end(logged):
