@@ -298,8 +298,9 @@ def main() -> int:
         settings = list(itertools.product(capabilities(), (1, 2)))
     runs, whole = [], not options.cells
     for capability, threads in settings:
-        # Ranks are new processes, which read it when they import torch.
-        os.environ["ATEN_CPU_CAPABILITY"] = capability
+        # Ranks are new processes, which read these when they import torch. Where there are more
+        # threads than cores, one that waits must not keep a core from one that works.
+        os.environ.update(ATEN_CPU_CAPABILITY=capability, OMP_WAIT_POLICY="PASSIVE")
         begin = time.monotonic()
         print(f"vector instructions: {capability}, threads: {threads}", flush=True)
         records = run_cells(cells, num_threads=threads)
