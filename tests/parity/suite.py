@@ -23,7 +23,7 @@ from megagpt.config.command_line import parse_config
 from megagpt.config.layout import Layout
 from megagpt.operations.prebuild import async_io_problem
 from megagpt.testing.corpus import byte_corpus
-from megagpt.testing.distributed import run_distributed
+from megagpt.testing.distributed import release_groups, run_distributed
 from megagpt.testing.report import markdown_table, replace_table, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +101,7 @@ def train_cells(rank: int, world_size: int, cells: list[Cell], data: Path, root:
     for number, cell in enumerate(cells):
         begin = time.monotonic()
         outcomes.append(train_cell(rank, world_size, cell, data, root / f"{world_size}_{number}"))
+        release_groups()
         if rank == 0:
             print(f"{cell.name}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
     return outcomes
