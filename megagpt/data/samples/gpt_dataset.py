@@ -7,7 +7,7 @@ run keeps what it has seen (`order.py`). Which rank takes which sample is the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,10 @@ class GPTDataset:
     def __len__(self) -> int:
         """Samples of one epoch; in training order higher indices go on into the next epochs."""
         return self.samples_per_epoch
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The samples of the first epoch."""
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> np.ndarray:
         """One sample: [seq_length + 1], int64; see `gather`."""

@@ -47,7 +47,7 @@ def permutation(size, bits):
 @pytest.mark.parametrize("seq_length", [1, 2, 5, 64, 65])
 def test_an_epoch_is_the_joined_documents_cut_in_overlapping_samples(indexed, seq_length):
     dataset = build(indexed, seq_length)
-    samples = dataset.gather(range(len(dataset))).tolist()
+    samples = [sample.tolist() for sample in dataset]
     bits = np.random.PCG64(np.random.SeedSequence([1, 0]))
     documents = np.flatnonzero(LENGTHS)
     documents = documents[permutation(len(documents), bits)]
@@ -83,7 +83,7 @@ def test_seed_changes_the_order(indexed):
 @pytest.mark.parametrize("seq_length", [1, 5, 13, 65, 100])
 def test_evaluation_scores_every_token_but_the_first_once_in_order(indexed, seq_length):
     dataset = build(indexed, seq_length, shuffle=False)
-    tokens, labels = tokens_to_batch(dataset.gather(range(len(dataset))))
+    tokens, labels = tokens_to_batch(np.stack(list(dataset)))
     assert tokens.shape == labels.shape == (len(dataset), seq_length)
     scored = labels[labels != IGNORE_INDEX]
     assert scored.tolist() == list(range(1, TOKENS))
@@ -94,8 +94,7 @@ def test_evaluation_scores_every_token_but_the_first_once_in_order(indexed, seq_
 
 
 def test_padding_is_only_at_the_end_of_the_last_sample(indexed):
-    dataset = build(indexed, 14, shuffle=False)
-    samples = dataset.gather(range(len(dataset)))
+    samples = list(build(indexed, 14, shuffle=False))
     assert all((sample != PAD).all() for sample in samples[:-1])
     assert samples[-1].tolist() == [*range(56, 66), *[PAD] * 5]
 
