@@ -124,8 +124,8 @@ def test_killed_and_resumed_equals_a_straight_run_to_the_last_bit(outcome, layou
 def failing_save(rank, world_size, data, root):
     """Each of two ranks fails once, while a unit is brought in from NVMe; training goes on."""
     from megagpt.checkpoint.format.shard_file import ShardWriter
+    from megagpt.checkpoint.saver import Checkpointer, SaveFailed
     from megagpt.checkpoint.state.optimizer_state import _Zero3State
-    from megagpt.training.followers.saving import Saving
 
     layout, every = "dp2-zero3-offload_optimizer_nvme", ("--checkpoint.save_interval", "1")
     outcome = [train(rank, layout, data, root / "straight", steps=5, extra=every)]
@@ -138,7 +138,7 @@ def failing_save(rank, world_size, data, root):
             raise OSError(5, "Input/output error")
         write(writer, values)
 
-    unit, save_failed, brought_in, left_in = _Zero3State.unit, Saving._failed, [], []
+    unit, save, brought_in, left_in = _Zero3State.unit, Checkpointer.save, [], []
 
     @contextmanager
     def watched_unit(state, number, *, writes):
@@ -149,12 +149,15 @@ def failing_save(rank, world_size, data, root):
             finally:
                 brought_in.remove(number)
 
-    def watched_failure(saving, error, **options):
-        left_in.append(list(brought_in))
-        save_failed(saving, error, **options)
+    def watched_save(checkpointer, state):
+        try:
+            save(checkpointer, state)
+        except SaveFailed:
+            left_in.append(list(brought_in))
+            raise
 
     ShardWriter.write, _Zero3State.unit = fail_once, watched_unit
-    Saving._failed = watched_failure
+    Checkpointer.save = watched_save
     every = (*every, "--checkpoint.on_save_error", "continue")
     outcome.append(train(rank, layout, data, root / "failing", steps=5, extra=every))
     assert writes["step_00000001"] > 4 == writes[f"step_{2 + rank:08d}"]
