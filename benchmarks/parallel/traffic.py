@@ -279,6 +279,7 @@ def _scalars(setting: Setting) -> Iterator[Term]:
 
     yield scalar("trainer: token count", 8, world)
     yield scalar("trainer: summed loss", 8, world)
+    yield scalar("trainer: verdict of all ranks, three int32", 12, world)
     yield scalar("trainer: norm of the weights", 8, world if stage == 3 else replica)
     if stage == 0:
         yield scalar("trainer: norm of the gradients", 8, replica)
