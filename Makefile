@@ -10,12 +10,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CODE := megagpt tools launch tests benchmarks
 FAST_TESTS := $(wildcard tests/unit tests/distributed tests/parity)
 
-.PHONY: help venv ops demo test test-slow parity parity-machine mutation faults house lint format clean
+.PHONY: help venv ops demo test test-slow gpu-test parity parity-machine mutation faults house lint format clean
 
 help:
 	@echo "make demo       train a small GPT on Shakespeare on two CPU processes, from nothing"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make gpu-test   on a machine with a GPU: parity, resume, fp16, offload, generation there"
 	@echo "make parity     every layout against the oracle: build/parity.json, docs/parity.md"
 	@echo "make parity-machine   the same with each set of vector instructions, 1 and 2 threads"
 	@echo "make mutation   break invariants, and see the parity suite fail: build/mutation.json"
@@ -44,6 +45,10 @@ test: lint ops
 
 test-slow: ops
 	$(BIN)/python -m pytest -q -m slow tests
+
+# With the Python that has the machine's own torch, not the CPU's of .venv.
+gpu-test:
+	DS_ACCELERATOR=cuda $(PYTHON) -m pytest -q tests/gpu
 
 parity: ops
 	$(BIN)/python tests/parity/suite.py --json build/parity.json --docs docs/parity.md

@@ -1,9 +1,13 @@
-"""Runs a function on n gloo ranks; started once, they run as many cells as the function holds."""
+"""Runs a function on n ranks; started once, they run as many cells as the function holds.
+
+On the CPU over gloo, or with DS_ACCELERATOR=cuda in the environment on a GPU each over NCCL.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -12,11 +16,19 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+DEVICE: Literal["cpu", "cuda"] = "cuda" if os.environ.get("DS_ACCELERATOR") == "cuda" else "cpu"
+"""What tests compute on; DeepSpeed reads the same variable."""
+
+
+def most_ranks() -> int:
+    """How many ranks can run: on GPUs one each, on the CPU as many as anyone wants."""
+    return torch.cuda.device_count() if DEVICE == "cuda" else sys.maxsize
 
 
 def _rank_main(
@@ -24,7 +36,7 @@ def _rank_main(
 ) -> None:
     world_size = world["world_size"]
     os.environ.update(
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=DEVICE,
         # Another ninja than that of make compiles every op anew.
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         RANK=str(rank),
@@ -37,7 +49,10 @@ def _rank_main(
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
-        dist.init_process_group("gloo", rank=rank, **world)
+        if DEVICE == "cuda":
+            torch.cuda.set_device(rank)
+            world |= {"device_id": torch.device("cuda", rank)}
+        dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl", rank=rank, **world)
         results.put((rank, function(rank, world_size, *arguments), None))
         dist.barrier()
         dist.destroy_process_group()
@@ -53,11 +68,11 @@ def run_distributed(
     timeout_seconds: float = 120,
     num_threads: int = 1,
 ) -> list[Any]:
-    """Calls function(rank, world_size, *arguments) on every rank of a new gloo world.
+    """Calls function(rank, world_size, *arguments) on every rank of a new world.
 
     Args:
         function: Defined at the top level of a module; its result must be picklable.
-        world_size: Processes.
+        world_size: Processes; at most `most_ranks()`.
         *arguments: Picklable.
         timeout_seconds: After this, all are killed.
         num_threads: Of PyTorch, on each rank.
@@ -109,6 +124,13 @@ def run_distributed(
                     process.kill()
                 process.join()
     return [collected[rank] for rank in range(world_size)]
+
+
+def free_port() -> str:
+    """A port of this host that nobody listens on, for a launcher's rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def release_groups() -> None:

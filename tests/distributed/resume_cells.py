@@ -7,6 +7,7 @@ from pathlib import Path
 from megagpt.config.command_line import parse_config
 from megagpt.config.layout import Layout
 from megagpt.testing.corpus import byte_corpus
+from megagpt.testing.distributed import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
@@ -30,9 +31,9 @@ def prepare_data(directory):
 
 
 def prepare(
-    rank, layout_name, data, output_dir, *, steps, model="gpt2", precision="fp32", extra=()
+    rank, layout_name, data, output_dir, *, steps, model="gpt2", precision="fp32", extra=(), keys=()
 ):
-    """The prepared run of one cell."""
+    """The prepared run of one cell; keys are of the DeepSpeed JSON, beyond those of the layout."""
     from megagpt.training.run import prepare_run, resolve_run
 
     layout = Layout.parse(layout_name)
@@ -51,7 +52,11 @@ def prepare(
     ]
     config, _, sources = parse_config(arguments)
     resolved = resolve_run(
-        config, layout.ds_config(), sources=sources, world_size=layout.world_size, device="cpu"
+        config,
+        layout.ds_config() | dict(keys),
+        sources=sources,
+        world_size=layout.world_size,
+        device=DEVICE,
     )
     return prepare_run(resolved, rank=rank)
 

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagpt.operations.prebuild import async_io_problem
 from megagpt.testing.corpus import byte_corpus
-from megagpt.testing.distributed import run_distributed
+from megagpt.testing.distributed import free_port, run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -410,14 +410,6 @@ def test_the_command_of_the_docs_tells_ranks_to_stop_and_not_the_launchers(data,
         launcher.wait()
     assert "a signal to stop was received" in log.read_text()
     assert (tmp_path / "run/checkpoints/latest").is_file()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_a_fault_of_the_user_ends_every_rank_with_one_line(data, tmp_path):

@@ -75,6 +75,13 @@ CELLS = (
     Cell("zero0-full", GPT2, features=BOTH),
     Cell("zero1-selective", LLAMA, features=BOTH),
     Cell("zero1", GPT2, "bf16"),
+    Cell("zero2", LLAMA, features=DOCUMENTS),
+    Cell("zero3-full", LLAMA, features=BOTH),
+    Cell("zero1-offload_optimizer_cpu", LLAMA),
+    Cell("zero2-offload_optimizer_cpu", GPT2, "bf16"),
+    Cell("zero3-offload_cpu", GPT2),
+    Cell("zero2", LLAMA, "bf16", features=DOCUMENTS),
+    Cell("zero3", LLAMA, "bf16"),
     # data parallelism and ZeRO
     Cell("dp2-zero0", LLAMA),
     Cell("dp2-zero1", GPT2, features=DROPOUT),
@@ -150,3 +157,11 @@ CELLS = (
     Cell("dp2-zero2-offload_optimizer_cpu", GPT2, "bf16"),
     Cell("dp2-zero3-offload_nvme", GPT2, "bf16", features=WIDE),
 )
+
+GPU_CELLS = (
+    # No CPU path of DeepSpeed's trains in fp16.
+    Cell("zero1", GPT2, "fp16"),
+    Cell("zero2", LLAMA, "fp16", features=DOCUMENTS),
+    Cell("zero3", LLAMA, "fp16"),
+)
+"""Those that no CPU can train, run by `make gpu-test` beside the others."""

@@ -65,7 +65,7 @@ def reorder(weights, orders):
         part = ".".join(name.split(".")[2:4])
         dim = 1 if part in ("attention.output", "mlp.down") else 0
         if part in orders and dim < weight.dim():
-            weight.copy_(weight.index_select(dim, orders[part]))
+            weight.copy_(weight.index_select(dim, orders[part].to(weight.device)))
 
 
 def in_pieces(tensor, count):
@@ -82,13 +82,14 @@ def learning_rate(config, step):
     return low + (lr - low) * (1 + math.cos(math.pi * share)) / 2
 
 
-def train(config, dtype, *, order=0):
+def train(config, dtype, *, device="cpu", order=0):
     """Trains the whole run.
 
     Args:
         config: Of the run.
         dtype: Of weights, activations and optimizer. In float64 it is the truth; in float32 it
             shows what honest rounding does.
+        device: On which it computes.
         order: 0 takes everything as it stands; with any other number the heads, the inner units of
             the MLP and the samples of a step stand in another order, and the samples come in
             pieces: the same model to the last real digit, every sum in another order.
@@ -101,7 +102,7 @@ def train(config, dtype, *, order=0):
         config.data, seq_length=config.model.seq_length, seed=config.training.seed
     )
     eod = read_manifest(config.data.path).eod
-    model = GPTModel(config.model).to(dtype)
+    model = GPTModel(config.model).to(device, dtype)
     initialize(model, config.model, seed=config.training.seed)
     orders = inner_orders(config.model, order) if order else {}
     reorder(model.named_parameters(), orders)
@@ -122,6 +123,7 @@ def train(config, dtype, *, order=0):
         if order:
             indices = indices[torch.randperm(size, generator=generator)]
         batch = batch_of(config, datasets["train"], eod, indices.tolist(), step)
+        batch = [None if tensor is None else tensor.to(device) for tensor in batch]
         count = int((batch[1] != -100).sum())
         optimizer.zero_grad()
         loss = 0.0
@@ -139,8 +141,9 @@ def train(config, dtype, *, order=0):
     with torch.no_grad():
         for index in range(len(valid)):
             batch = batch_of(config, valid, eod, [index], 0)
+            batch = [None if tensor is None else tensor.to(device) for tensor in batch]
             total += model(*batch).sum(dtype=torch.float64).item()
             count += int((batch[1] != -100).sum())
     reorder(model.named_parameters(), {part: o.argsort() for part, o in orders.items()})
-    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    weights = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
     return curve, total / count, weights

@@ -18,8 +18,10 @@ ORDERS = range(6)
 """Orders of the oracle in fp32; the unit is the largest error of all."""
 CEILINGS = {
     "fp32": {"loss": 2e-6, "grad_norm": 1e-4},
-    # bf16 has no unit: a weight is rounded by 2^-9 of itself, so only the loss can be compared.
+    # These have no unit: a weight is rounded by 2^-9 of itself, or 2^-12, so only the loss can be
+    # compared.
     "bf16": {"loss": 5e-3},
+    "fp16": {"loss": 1e-3},
 }
 """What no unit raises, relative."""
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)

@@ -23,7 +23,7 @@ from megagpt.config.command_line import parse_config
 from megagpt.config.layout import Layout
 from megagpt.operations.prebuild import async_io_problem
 from megagpt.testing.corpus import byte_corpus
-from megagpt.testing.distributed import release_groups, run_distributed
+from megagpt.testing.distributed import DEVICE, most_ranks, release_groups, run_distributed
 from megagpt.testing.report import markdown_table, replace_table, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,8 +72,11 @@ def oracle_references(
     references = {}
     for reference in sorted(configs)[rank::world_size]:
         config = configs[reference]
-        truth = oracle.train(config, torch.float64)
-        honest = (oracle.train(config, torch.float32, order=order) for order in rounding.ORDERS)
+        truth = oracle.train(config, torch.float64, device=DEVICE)
+        honest = (
+            oracle.train(config, torch.float32, device=DEVICE, order=order)
+            for order in rounding.ORDERS
+        )
         unit = rounding.largest(rounding.errors(outcome, truth) for outcome in honest)
         references[reference] = (truth, unit)
     return references
@@ -82,8 +85,9 @@ def oracle_references(
 def make_references(
     cells: list[Cell], data: Path, root: Path, *, timeout_seconds: float, function=oracle_references
 ) -> dict:
-    """The references of cells, made by two processes side by side."""
-    parts = run_distributed(function, 2, cells, data, root, timeout_seconds=timeout_seconds)
+    """The references of cells, made by two processes side by side where they can run."""
+    ranks = min(2, most_ranks())
+    parts = run_distributed(function, ranks, cells, data, root, timeout_seconds=timeout_seconds)
     return {key: reference for part in parts for key, reference in part.items()}
 
 
@@ -115,7 +119,7 @@ def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: P
 
     config, _, sources = parse_config(arguments(cell, data, output_dir))
     ds_config = Layout.parse(cell.layout).ds_config()
-    resolved = resolve_run(config, ds_config, sources=sources, world_size=world_size, device="cpu")
+    resolved = resolve_run(config, ds_config, sources=sources, world_size=world_size, device=DEVICE)
     run = prepare_run(resolved, rank=rank)
     curve, swapped = [], set()
 
@@ -150,7 +154,7 @@ def drifted_weights(session) -> list[str]:
             session.groups.tp_rank if hasattr(parameter, "tp_dim") else None,
             None if shard is None else session.groups.dp_rank,
         )
-        own[place] = hashlib.sha256(values.detach().float().numpy().tobytes()).hexdigest()
+        own[place] = hashlib.sha256(values.detach().float().cpu().numpy().tobytes()).hexdigest()
     everyone: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     copies: dict[tuple, set] = {}
@@ -161,8 +165,14 @@ def drifted_weights(session) -> list[str]:
 
 
 def runnable(cells: list[Cell]) -> list[Cell]:
-    """Those that this machine can run: all, or without libaio all but NVMe's."""
-    return [c for c in cells if "nvme" not in c.layout or async_io_problem() is None]
+    """Those that this machine can run: with libaio NVMe's, on GPUs those with a GPU a rank."""
+    return [
+        cell
+        for cell in cells
+        if cell.world_size <= most_ranks()
+        and (cell.precision != "fp16" or DEVICE == "cuda")
+        and ("nvme" not in cell.layout or async_io_problem() is None)
+    ]
 
 
 def run_cells(
@@ -176,7 +186,7 @@ def run_cells(
         timeout_seconds: For all cells of one world size.
 
     Returns:
-        One record a cell, as in build/parity.json; none for NVMe where libaio is missing.
+        One record a runnable cell, as in build/parity.json.
     """
     records = {}
     cells = runnable(cells)
