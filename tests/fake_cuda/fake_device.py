@@ -89,3 +89,27 @@ class DeviceOnly(TorchDispatchMode):
                 )
         self.seen.add(func.name())
         return result
+
+
+class HostTraffic(TorchDispatchMode):
+    """Writes down what goes between host and device; each value that the host reads is 0.
+
+    Attributes:
+        moves: Device that is moved to, and shape, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moves: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._local_scalar_dense.default:
+            if args[0].device.type == "cuda":
+                self.moves.append(("cpu", ()))
+            return 0
+        result = func(*args, **(kwargs or {}))
+        if func in (aten._to_copy.default, aten.copy_.default):
+            source = args[0] if func is aten._to_copy.default else args[1]
+            if result.device != source.device:
+                self.moves.append((result.device.type, tuple(result.shape)))
+        return result

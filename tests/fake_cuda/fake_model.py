@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from fake_device import DeviceOnly, fake_cuda
+from fake_device import DeviceOnly, HostTraffic, fake_cuda
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megagpt.config.schema import ModelConfig, Recompute
+from megagpt.inference.generate import Sampling, generate
 from megagpt.model.attention import KVCache
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import GPTModel
@@ -129,6 +130,15 @@ def attention_of_inference(style: str, dtype: torch.dtype) -> set[str]:
             logits = model.logits(prompt)
     assert logits.device.type == "cuda" and logits.dtype == torch.float32
     return attention_kernels(watch)
+
+
+def traffic_of_generation(sampling: Sampling) -> list[tuple[str, tuple[int, ...]]]:
+    """What goes between host and device while 2 samples of 3 tokens are drawn."""
+    with fake_cuda():
+        model = build(LLAMA, torch.float32, ONE_RANK, "none").eval()
+        with HostTraffic() as watch:
+            generate(model, [1, 2], max_new_tokens=3, sampling=sampling, eod=999, num_samples=2)
+    return watch.moves
 
 
 def attention_kernels(watch: DeviceOnly) -> set[str]:

@@ -4,7 +4,15 @@ from itertools import product, starmap
 
 import pytest
 import torch
-from fake_model import STYLES, Case, attention_of_inference, attention_of_training
+from fake_model import (
+    STYLES,
+    Case,
+    attention_of_inference,
+    attention_of_training,
+    traffic_of_generation,
+)
+
+from megagpt.inference.generate import Sampling
 
 HALF = (torch.bfloat16, torch.float16)
 FLAGS = (False, True)
@@ -44,3 +52,13 @@ def test_training_stays_on_the_device(case, on_fake_cuda):
 @pytest.mark.parametrize("style", STYLES)
 def test_inference_stays_on_the_device(style, dtype, on_fake_cuda):
     on_fake_cuda(attention_of_inference, style, dtype)
+
+
+@pytest.mark.parametrize(
+    "sampling", (Sampling(temperature=0.0), Sampling(top_k=5, top_p=0.9)), ids=str
+)
+def test_generation_reads_the_device_once_a_token(sampling, on_fake_cuda):
+    prompt, *moves = on_fake_cuda(traffic_of_generation, sampling)
+    assert prompt == ("cuda", (2, 2))
+    # Logits of the last position to the host, where tokens are drawn, and the tokens back.
+    assert moves == [("cpu", (2, 1000)), ("cuda", (2, 1))] * 3
