@@ -1,0 +1,143 @@
+"""Today's memory of one micro-batch, term by term, and what will lower it.
+
+`python tests/fake_cuda/terms.py` writes the table into docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from live_bytes import KINDS, Job
+
+from megagpt.config.schema import ModelConfig
+from megagpt.testing.report import markdown_table, replace_table
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
+COLUMNS = (*KINDS, "peak")
+WORKS = {
+    3: "attention that takes the math kernel",
+    6: "the loss over whole rows of logits",
+    13: "the document mask, kept in each layer",
+    16: "dropout in int64",
+    17: "`selective`, which saves nothing",
+    18: "gathered inputs of sequence parallelism, kept",
+}
+"""What a number in the table stands for."""
+
+_8B = ModelConfig(
+    num_layers=2,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_kv_heads=8,
+    ffn_hidden_size=14336,
+    seq_length=8192,
+    vocab_size=128256,
+    normalization="rmsnorm",
+    position_embedding="rope",
+    activation="swiglu",
+    bias=False,
+    tie_embeddings=False,
+)
+_70B = replace(_8B, hidden_size=8192, num_attention_heads=64, ffn_hidden_size=28672)
+_GPT2 = replace(
+    ModelConfig(num_layers=2, hidden_size=4096, num_attention_heads=32),
+    seq_length=_8B.seq_length,
+    vocab_size=_8B.vocab_size,
+)
+_SPLIT = Job(_70B, tensor_parallel_size=8, sequence_parallel=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job, with its MiB in the order of `COLUMNS` and what will lower a column."""
+
+    name: str
+    job: Job
+    mib: tuple[int, ...]
+    lowered_by: Mapping[str, int] = field(default_factory=dict)
+
+
+# A layer of the 8B shape keeps, in units of 64 MiB ([8192, 4096] of bf16): its input, both norms'
+# outputs and the sum between (4), query and attended (2), key and value (0.5), and of the MLP gate,
+# silu, up and product (4 x 3.5), 20.5 in all, and 1 MiB of attention's sums: 1,313.
+ROWS = (
+    Row("8B", Job(_8B), (2836, 2836, 132, 1313, 8016, 736, 13610)),
+    Row(
+        "8B, document mask",
+        Job(_8B, masked=True),
+        (2836, 2836, 132, 9792, 8016, 16992, 39154),
+        {"layers": 3, "temporary": 3},
+    ),
+    Row(
+        "8B without grouped queries, document mask",
+        Job(replace(_8B, num_kv_heads=None), masked=True),
+        (2932, 2932, 132, 1537, 8016, 736, 14154),
+        {"layers": 13},
+    ),
+    Row(
+        "8B, dropout 0.1",
+        Job(replace(_8B, dropout=0.1)),
+        (2836, 2836, 164, 1377, 8016, 1216, 13770),
+        {"layers": 16, "temporary": 16},
+    ),
+    Row(
+        "8B, `selective`",
+        Job(_8B, recompute="selective"),
+        (2836, 2836, 132, 1312, 8016, 736, 13608),
+        {"layers": 17},
+    ),
+    Row("8B, `full`", Job(_8B, recompute="full"), (2836, 2836, 132, 64, 8016, 1761, 11112)),
+    Row(
+        "8B, fp32",
+        Job(_8B, torch.float32),
+        (5672, 5672, 264, 11008, 12024, 16960, 44772),
+        {"layers": 3, "temporary": 3},
+    ),
+    Row(
+        "8B, fp32, evaluation",
+        Job(_8B, torch.float32, backward=False),
+        (5672, 0, 0, 0, 8016, 17608, 23280),
+        {"temporary": 3},
+    ),
+    Row("GPT-2 style, width 4096", Job(_GPT2), (1834, 1834, 128, 1025, 8016, 1066, 12029)),
+    Row("70B", Job(_70B), (7272, 7272, 260, 2594, 8016, 1472, 20736)),
+    Row(
+        "70B, tp 8",
+        replace(_SPLIT, sequence_parallel=False),
+        (912, 912, 260, 772, 1008, 528, 3725),
+    ),
+    Row(
+        "70B, tp 8, sequence parallel",
+        _SPLIT,
+        (912, 912, 20, 548, 1136, 416, 3165),
+        {"layers": 18},
+    ),
+    Row(
+        "70B, tp 8, sequence parallel, document mask",
+        replace(_SPLIT, masked=True),
+        (912, 912, 20, 2672, 1136, 4396, 10424),
+        {"layers": 3, "temporary": 3},
+    ),
+)
+
+
+def table() -> str:
+    """The rows as the page shows them."""
+
+    def cell(row: Row, kind: str, mib: int) -> str:
+        number = 6 if kind == "loss" else row.lowered_by.get(kind)
+        return f"{mib:,}" + (f" ({number})" if number else "")
+
+    rows = [
+        [row.name, *(cell(row, kind, mib) for kind, mib in zip(COLUMNS, row.mib, strict=True))]
+        for row in ROWS
+    ]
+    numbers = "; ".join(f"({number}) {work}" for number, work in WORKS.items())
+    return f"{markdown_table(['MiB', *COLUMNS], rows)}\n\nTo be lowered: {numbers}."
+
+
+if __name__ == "__main__":
+    replace_table(PAGE, "memory", table())
