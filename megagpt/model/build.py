@@ -19,56 +19,62 @@ from megagpt.parallel.partition import pipeline_stages
 if TYPE_CHECKING:
     from megagpt.model.pipeline import GPTPipeline
 
+_CPU = torch.device("cpu")
+
 
 def build_model(
     config: ModelConfig,
     *,
-    seed: int,
+    seed: int | None,
     dtype: torch.dtype,
     ds_config: dict,
     parallel: ParallelConfig,
     groups: ProcessGroups,
     recompute: Recompute = "none",
     has_position_ids: bool = False,
+    device: torch.device = _CPU,
 ) -> GPTModel | GPTPipeline:
     """A model with its initial weights, which are the same for every layout.
 
     Args:
         config: Shape; vocab_size must be set.
-        seed: Of the initial weights.
+        seed: Of the initial weights; None leaves zeros, for a checkpoint to fill.
         dtype: Of the weights.
         ds_config: Resolved DeepSpeed configuration, which names the ZeRO stage.
         parallel: Degrees of the axes.
         groups: Of those degrees.
         recompute: What backward computes again, see `Block`.
         has_position_ids: Whether batches carry document positions.
+        device: Where the model is made, so that the ranks of a node do not each hold a whole one in
+            host memory; under ZeRO-3 DeepSpeed decides.
 
     Returns:
         The whole model of this tensor-parallel rank, or its pipeline stage.
     """
     tp = TensorParallel(groups.tp_group, parallel.sequence_parallel)
-    model: GPTModel | GPTPipeline
-    if parallel.pipeline_parallel_size > 1:
-        # Imported here, as zero3 is: inference must not need DeepSpeed.
-        from megagpt.model.pipeline import GPTPipeline
-
-        model = GPTPipeline(
-            config,
-            topology=groups.topology,
-            stages=pipeline_stages(
-                config, parallel.pipeline_parallel_size, parallel.pipeline_partition
-            ),
-            has_position_ids=has_position_ids,
-            tp=tp,
-            recompute=recompute,
-        ).to(dtype)
-    elif ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        # Imported here, as the pipeline is: inference must not need DeepSpeed.
         from megagpt.model.zero3 import build_sharded_model
 
         return build_sharded_model(
             config, seed=seed, ds_config=ds_config, groups=groups, tp=tp, recompute=recompute
         )
-    else:
-        model = GPTModel(config, tp, recompute=recompute).to(dtype)
+    model: GPTModel | GPTPipeline
+    with device:
+        if parallel.pipeline_parallel_size > 1:
+            from megagpt.model.pipeline import GPTPipeline
+
+            model = GPTPipeline(
+                config,
+                topology=groups.topology,
+                stages=pipeline_stages(
+                    config, parallel.pipeline_parallel_size, parallel.pipeline_partition
+                ),
+                has_position_ids=has_position_ids,
+                tp=tp,
+                recompute=recompute,
+            ).to(dtype)
+        else:
+            model = GPTModel(config, tp, recompute=recompute).to(dtype)
     initialize(model, config, seed=seed, tp_group=tp.group)
     return model

@@ -1,8 +1,8 @@
 """Dropout whose mask is a function of (seed, step, sample, layer, site, element) and nothing else.
 
 So no layout, no accumulation and no recomputation changes or repeats a mask, and no generator has
-state to save. Each sample has a SplitMix64 stream, of which an element takes its own number.
-Source: Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195.
+state to save. Each sample has a SplitMix64 stream (`keyed_numbers.py`), of which an element takes its
+own number.
 """
 
 # b micro-batch, s sequence, h hidden; s/tp only under sequence parallelism
@@ -12,6 +12,8 @@ from __future__ import annotations
 from enum import IntEnum
 
 import torch
+
+from megagpt.model.keyed_numbers import GOLDEN, mix_, shift_right
 
 _BITS = 24
 """Bits of a number that are compared with the probability."""
@@ -25,26 +27,6 @@ class Site(IntEnum):
     MLP = 2
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of a 64-bit constant; torch's int64 products wrap around."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
-
-
-def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # >> copies the sign
-
-
-def _mix(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function on int64 bits."""
-    z = (z ^ _shift_right(z, 30)) * _MULTIPLIERS[0]
-    z = (z ^ _shift_right(z, 27)) * _MULTIPLIERS[1]
-    return z ^ _shift_right(z, 31)
-
-
 def dropout_keys(sample_indices: torch.Tensor, *, seed: int, step: int) -> torch.Tensor:
     """The key of each sample in one step.
 
@@ -56,9 +38,9 @@ def dropout_keys(sample_indices: torch.Tensor, *, seed: int, step: int) -> torch
     Returns:
         [b], int64.
     """
-    state = _mix(torch.tensor(seed, dtype=torch.int64) + _GOLDEN)
-    state = _mix(state ^ _mix(torch.tensor(step, dtype=torch.int64) + _GOLDEN))
-    return _mix(state ^ _mix(sample_indices + _GOLDEN))
+    state = mix_(torch.tensor(seed, dtype=torch.int64) + GOLDEN)
+    state = mix_(state ^ mix_(torch.tensor(step, dtype=torch.int64) + GOLDEN))
+    return mix_(state ^ mix_(sample_indices + GOLDEN))
 
 
 def keyed_dropout(
@@ -86,10 +68,10 @@ def keyed_dropout(
     if keys is None or probability == 0:
         return x
     s, h = x.shape[1:]
-    stream = _mix(keys ^ _mix(torch.full_like(keys, layer * len(Site) + site) + _GOLDEN))  # [b]
+    stream = mix_(keys ^ mix_(torch.full_like(keys, layer * len(Site) + site) + GOLDEN))  # [b]
     first = sequence_start * h + 1
-    counters = torch.arange(first, first + s * h, device=x.device) * _GOLDEN  # [s*h]
-    numbers = _shift_right(_mix(stream.unsqueeze(-1) + counters), 64 - _BITS)  # [b, s*h]
+    counters = torch.arange(first, first + s * h, device=x.device) * GOLDEN  # [s*h]
+    numbers = shift_right(mix_(stream.unsqueeze(-1) + counters), 64 - _BITS)  # [b, s*h]
     kept = (numbers >= round(probability * (1 << _BITS))).view(x.shape)
     return torch.where(
         kept, x / (1.0 - probability), torch.zeros((), dtype=x.dtype, device=x.device)

@@ -1,6 +1,6 @@
 """Building a model under ZeRO-3: values go straight into each rank's shard.
 
-No rank ever holds more than its shard plus one parameter. Next file: `build.py`, its caller.
+No rank ever holds more than its shard. Next file: `build.py`, its caller.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from megagpt.config.schema import ModelConfig, Recompute
 from megagpt.model.gpt import GPTModel
-from megagpt.model.initialization import local_initial_value
+from megagpt.model.initialization import fill_range
 from megagpt.model.layers import TensorParallel
 from megagpt.parallel.groups import Group, ProcessGroups
 
@@ -21,7 +21,7 @@ from megagpt.parallel.groups import Group, ProcessGroups
 def build_sharded_model(
     config: ModelConfig,
     *,
-    seed: int,
+    seed: int | None,
     ds_config: dict,
     groups: ProcessGroups,
     tp: TensorParallel,
@@ -31,7 +31,7 @@ def build_sharded_model(
 
     Args:
         config: Shape; vocab_size must be set.
-        seed: Of the initial weights.
+        seed: Of the initial weights; None leaves zeros, for a checkpoint to fill.
         ds_config: Resolved DeepSpeed configuration of stage 3; it decides for the weights' type,
             because `zero.Init(dtype=...)` is ignored on a CPU without fp16 (0.19.8,
             `partition_parameters.py`, `_set_dtype`).
@@ -70,26 +70,30 @@ def _mend_swapper(model: GPTModel) -> None:
 
 
 @torch.no_grad()
-def _fill_shards(model: GPTModel, config: ModelConfig, *, seed: int, tp_group: Group) -> None:
+def _fill_shards(
+    model: GPTModel, config: ModelConfig, *, seed: int | None, tp_group: Group
+) -> None:
     """Writes each parameter's initial value into this rank's ZeRO-3 shard, one at a time.
 
     `GatheredParameters(modifier_rank=None)` would throw the writes away; the shard itself is
     `ds_tensor`: the flat parameter, padded, cut into one piece for each rank (DeepSpeed 0.19.8,
-    `partition_parameters.py`, `_partition_param`).
+    `partition_parameters.py`, `_partition_param`). The padding of the last shards is never read as a
+    weight, but it is summed in norms.
+
+    Under `zero_hpz_partition_size` a second copy was cut out of memory that nobody had filled, and
+    the forward pass gathers that one (`_partition_param_sec`). Without it the first forward pass
+    gathers from the shards and cuts it anew.
     """
     parameter: Any  # carries DeepSpeed's ds_* attributes
     for name, parameter in model.canonical_parameters():
-        value = local_initial_value(name, parameter, config, seed=seed, tp_group=tp_group)
-        shard = parameter.ds_tensor
-        size = shard.ds_numel
-        start = size * torch.distributed.get_rank(parameter.ds_process_group)
-        mine = value.reshape(-1)[start : start + size]
-        # The padding of the last shards is never read as a weight, but it is summed in norms.
-        padded = torch.zeros(size, dtype=parameter.dtype)
-        padded[: mine.numel()].copy_(mine)
-        is_on_nvme = shard.final_location == OffloadDeviceEnum.nvme
+        is_on_nvme = parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
         if is_on_nvme:
             parameter.nvme_swapper.swap_in([parameter], async_op=False)
-        parameter.ds_tensor.copy_(padded)
+        shard = parameter.ds_tensor
+        start = shard.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
+        fill_range(
+            shard.view(-1), name, parameter, start, config=config, seed=seed, tp_group=tp_group
+        )
         if is_on_nvme:
             parameter.nvme_swapper.swap_out_and_release([parameter])
+        parameter.ds_secondary_tensor = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,13 +70,14 @@ def start(run: Run) -> Iterator[Session]:
     groups = ProcessGroups(run.resolved.topology)
     model = build_model(
         config.model,
-        seed=config.training.seed,
+        seed=config.training.seed if run.load_path is None else None,
         dtype=_DTYPES[config.training.precision],
         ds_config=run.resolved.ds_config.values,
         parallel=config.parallel,
         groups=groups,
         recompute=config.training.activation_checkpointing,
         has_position_ids=config.data.document_masking,
+        device=_device(run),
     )
     engine = build_engine(model, config.optimizer, run.resolved.ds_config.values, groups)
     checkpointer = Checkpointer(
@@ -110,6 +112,13 @@ def start(run: Run) -> Iterator[Session]:
     checkpointer.close()
     batches.close()
     _remove_swap_files(run)
+
+
+def _device(run: Run) -> torch.device:
+    """What this rank computes on."""
+    if run.resolved.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
 def _resume(run: Run, checkpointer: Checkpointer) -> CheckpointState:

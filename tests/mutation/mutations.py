@@ -73,11 +73,11 @@ TENSOR_PARALLELISM = (
         (TENSOR,),
     ),
     Mutation(
-        "initial values of the local shape",
+        "initial values of another rank",
         "A rank's initial weights are its slice of the whole weight's, for every degree.",
         "model/initialization.py",
-        "return local_shard(value, tp_dim, tp_group)",
-        "return mark(initial_value(name, torch.Size(local_shape), config, seed=seed))",
+        "tp_rank=group_rank(tp_group)",
+        "tp_rank=mark(0)",
         (TENSOR,),
     ),
     Mutation(
