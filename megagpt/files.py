@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,8 +38,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def encode_json(content: Any) -> bytes:
-    """Content as this project writes it."""
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    """Content as this project writes it; JSON has no number for "nan", "inf" and "-inf"."""
+    text = json.dumps(_named(content), indent=1, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def _named(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _named(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_named(value) for value in content]
+    is_number = isinstance(content, float)
+    return str(content) if is_number and not math.isfinite(content) else content
 
 
 def sync_directory(directory: Path) -> None:

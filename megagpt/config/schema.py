@@ -235,10 +235,14 @@ class TrainingConfig:
     """What the backward pass recomputes: nothing, whole blocks, or attention only."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
+    max_nonfinite_steps: int = 10
+    """End the run with exit code 3 after so many steps in a row whose loss or gradient norm is not
+    finite, under fp16 at the least loss scale; 0 never does."""
     eval_interval: int = 100
     """Steps between validations; 0 validates only at the end."""
     eval_samples: int | None = None
-    """Validation samples per evaluation; default all."""
+    """Validation samples per evaluation; default a tenth of those trained between two of them (for
+    eval_interval=0 100 global batches), and all where there are fewer."""
 
     def __post_init__(self) -> None:
         """Checks ranges."""
@@ -250,7 +254,13 @@ class TrainingConfig:
             "exit_step",
             "eval_samples",
         )
-        _require_not_negative(self, "eval_interval")
+        _require_not_negative(self, "eval_interval", "max_nonfinite_steps")
+
+    def samples_of_evaluation(self, global_batch_size: int) -> int:
+        """Validation samples per evaluation, after the default; there may be fewer."""
+        if self.eval_samples is not None:
+            return self.eval_samples
+        return max(1, (self.eval_interval or 1000) * global_batch_size // 10)
 
 
 @dataclass(frozen=True)

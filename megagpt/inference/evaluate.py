@@ -25,6 +25,7 @@ from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.samples.masks import IGNORE_INDEX
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.model.gpt import GPTModel
+from megagpt.monitor.metrics import perplexity
 
 _REPORT_SECONDS = 10.0
 
@@ -151,7 +152,7 @@ def evaluate(
     loss = total / num_tokens
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # exp(710) overflows
+        perplexity=perplexity(loss),
         bits_per_byte=total / math.log(2) / text_bytes,
         num_tokens=num_tokens,
         text_bytes=text_bytes,

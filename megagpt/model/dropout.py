@@ -1,8 +1,8 @@
 """Dropout whose mask is a function of (seed, step, sample, layer, site, element) and nothing else.
 
 So no layout, no accumulation and no recomputation changes or repeats a mask, and no generator has
-state to save. Each sample has a SplitMix64 stream (`keyed_numbers.py`), of which an element takes its
-own number.
+state to save. Each sample has a SplitMix64 stream, of which an element takes its own number.
+Next file: `keyed_numbers.py`.
 """
 
 # b micro-batch, s sequence, h hidden; s/tp only under sequence parallelism

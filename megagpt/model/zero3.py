@@ -40,6 +40,8 @@ def build_sharded_model(
         recompute: As in `GPTModel`.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False)  # takes the group that exists
+    # The groups of zero_hpz_partition_size; an earlier model's are refused, not taken.
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     with deepspeed.zero.Init(
         data_parallel_group=groups.get_data_parallel_group(),
         config_dict_or_path=ds_config,
@@ -77,8 +79,8 @@ def _fill_shards(
 
     `GatheredParameters(modifier_rank=None)` would throw the writes away; the shard itself is
     `ds_tensor`: the flat parameter, padded, cut into one piece for each rank (DeepSpeed 0.19.8,
-    `partition_parameters.py`, `_partition_param`). The padding of the last shards is never read as a
-    weight, but it is summed in norms.
+    `partition_parameters.py`, `_partition_param`). The padding of the last shards is never read as
+    a weight, but it is summed in norms.
 
     Under `zero_hpz_partition_size` a second copy was cut out of memory that nobody had filled, and
     the forward pass gathers that one (`_partition_param_sec`). Without it the first forward pass

@@ -14,6 +14,14 @@ from typing import Any
 logger = logging.getLogger("megagpt")
 
 
+def perplexity(loss: float) -> float:
+    """E to the power of nats per token; NaN for NaN, infinite where a float does not reach."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 class MetricLogger:
     """Writes each step once; on every rank but 0 it does nothing."""
 
@@ -94,12 +102,11 @@ class MetricLogger:
         """
         if self.writer is None:
             return
-        perplexity = math.exp(min(20.0, loss))
         self._scalar(f"lm loss validation{name}", loss, step, consumed_samples)
-        self._scalar(f"lm loss validation{name} ppl", perplexity, step, consumed_samples)
+        self._scalar(f"lm loss validation{name} ppl", perplexity(loss), step, consumed_samples)
         line = (
             f" validation{name} loss at iteration {step} | lm loss value: {loss:.6E} |"
-            f" lm loss PPL: {perplexity:.6E} | "
+            f" lm loss PPL: {perplexity(loss):.6E} | "
         )
         for text in ("-" * len(line), line, "-" * len(line)):
             logger.info(text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from megagpt.files import encode_json
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -19,7 +20,7 @@ def write_records(path: Path | None, records: Any) -> None:
     """Writes records as JSON, if a file is named."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(records, indent=1) + "\n")
+        path.write_bytes(encode_json(records))
 
 
 def replace_table(page: Path, name: str, table: str) -> None:

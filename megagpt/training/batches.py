@@ -101,7 +101,8 @@ class Batches:
     def evaluation(self, split: str) -> Iterator[MicroBatch]:
         """The micro-batches of an evaluation, as many on every rank."""
         dataset = self.datasets[split]
-        count = min(len(dataset), self._training.eval_samples or len(dataset))
+        limit = self._training.samples_of_evaluation(self.sampler.global_batch_size)
+        count = min(len(dataset), limit)
         for indices in self.sampler.evaluation_batches(count):
             samples = np.full((len(indices), dataset.seq_length + 1), PAD, np.int64)
             used = [i for i in indices if i >= 0]  # padding stands at the end

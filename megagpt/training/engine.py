@@ -7,6 +7,7 @@ Next file: `train_step.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,6 +58,10 @@ def build_engine(
         mpu=None if is_pipeline else groups,  # a pipeline brings its own
         dist_init_required=False,
     )
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+        # An exception at the first overflow there; `training.max_nonfinite_steps` decides.
+        scaler.raise_error_at_min_scale = False
     if is_pipeline:
         engine._INSTRUCTION_MAP = {
             **PipelineEngine._INSTRUCTION_MAP,
@@ -86,6 +91,8 @@ def clip_zero0_gradients(
 ) -> None:
     """Clips the reduced gradients of fp32 ZeRO-0 in place and leaves their global norm.
 
+    Gradients that are not finite are dropped, so that the step changes nothing, as under ZeRO.
+
     DeepSpeed clips there too, but its `get_global_grad_norm()` stays None, and under a pipeline its
     clipping drops parameters of later stages and counts tied weights twice (0.19.8,
     `runtime/utils.py`, `clip_grad_norm_`); so norm and clipping are both done here, before the
@@ -103,12 +110,18 @@ def clip_zero0_gradients(
         # all-reduce over pp and tp: squares of each rank's part -> of the whole model
         dist.all_reduce(squares, group=groups.replica_group)
     norm = squares.sqrt().float()
-    if max_norm > 0:
+    optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
+    # The engine takes this for a step that was not made, as ZeRO's optimizers tell it.
+    is_finite = math.isfinite(norm)
+    optimizer.overflow = not is_finite  # type: ignore[attr-defined]
+    if not is_finite:
+        for parameter in parameters:
+            parameter.grad = None
+    elif max_norm > 0:
         # DeepSpeed's own form (max_norm / (norm + 1e-6)), so that all stages agree.
         scale = max_norm / (norm + 1e-6)
         if scale < 1:
             torch._foreach_mul_([parameter.grad for parameter in parameters], scale)
-    optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
 
 
 def reduce_tied_gradients(engine: PipelineEngine) -> None:
@@ -127,6 +140,14 @@ def reduce_tied_gradients(engine: PipelineEngine) -> None:
             gradient = weight.grad
         # all-reduce over the first and last stage: each use's gradient -> the weight's
         dist.all_reduce(gradient, group=group)
+
+
+def is_at_least_loss_scale(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether no smaller loss scale could save a step: always, but under fp16's dynamic scale."""
+    if not engine.fp16_enabled():
+        return True
+    scaler = engine.optimizer.loss_scaler
+    return scaler.cur_scale <= getattr(scaler, "min_scale", scaler.cur_scale)
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

@@ -21,12 +21,16 @@ from megagpt.config.refusals import Device
 from megagpt.operations.prebuild import prepare_builds
 
 if TYPE_CHECKING:
+    from megagpt.training.followers.record import StepRecord
     from megagpt.training.loop import OnStep
+    from megagpt.training.run import Run
 
 logger = logging.getLogger("megagpt")
 
 EXIT_REQUEUE = 75
 """Stopped by a signal with its state saved: start it again (EX_TEMPFAIL of sysexits.h)."""
+EXIT_DIVERGED = 3
+"""Loss or gradients were not finite for too long; a restart would do the same again."""
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "launch" / "demo.yaml"
 
 
@@ -39,7 +43,7 @@ def pretrain(arguments: list[str], on_step: OnStep | None = None) -> int:
 
     Returns:
         The exit code: 0 when the run, or the part of it that was asked for, is done; 75 when a
-        signal stopped it and its state is saved.
+        signal stopped it and its state is saved; 3 when its steps were not finite any more.
 
     Raises:
         ValueError: For what a user can mend, on the first rank of a host; the others exit with 1.
@@ -68,7 +72,34 @@ def pretrain(arguments: list[str], on_step: OnStep | None = None) -> int:
             return 0
         with start(run) as session:
             last = loop(session, on_step)
-    return EXIT_REQUEUE if last is not None and last.verdict.is_signalled else 0
+            if last is not None and last.verdict.is_diverged:
+                logger.info(_told_of_divergence(run, last))
+    if last is None:
+        return 0
+    if last.verdict.is_diverged:
+        return EXIT_DIVERGED
+    return EXIT_REQUEUE if last.verdict.is_signalled else 0
+
+
+def _told_of_divergence(run: Run, last: StepRecord) -> str:
+    """The error, in one line, with the step to go back to."""
+    from megagpt.checkpoint.directory import find_checkpoint
+
+    try:
+        good = f"the last good checkpoint is {find_checkpoint(run.directory)}"
+    except ValueError:
+        good = "there is no checkpoint before"
+    step, limit = last.state.step, run.config.training.max_nonfinite_steps
+    what = f"the weights are not finite after step {step}"
+    if last.num_nonfinite:
+        what = (
+            f"loss or gradient norm was not finite in steps {step - last.num_nonfinite + 1} to "
+            f"{step} (training.max_nonfinite_steps={limit})"
+        )
+    return (
+        f"error: {what}; {good}; lower the learning rate or look at the data of these steps, then "
+        "resume from it"
+    )
 
 
 @contextmanager

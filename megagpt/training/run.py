@@ -178,6 +178,7 @@ def prepare_run(resolved: ResolvedRun, *, rank: int) -> Run:
     )
     if manifest is None:
         _refuse_masking(config.data)
+    warnings += _evaluation_warnings(config, datasets)
     load_path = _load_path(config)
     if load_path is not None:
         state, _ = continued(newest_readable(load_path).state, fresh)
@@ -234,6 +235,21 @@ def _machine_warnings(resolved: ResolvedRun) -> list[str]:
             "slower than fp32; set --training.precision fp32"
         ]
     return []
+
+
+def _evaluation_warnings(config: Config, datasets: dict[str, Dataset]) -> list[str]:
+    """Tells of validations that take as many samples as half of the training between them."""
+    batch, training = config.batch.global_batch_size, config.training
+    limit = training.samples_of_evaluation(batch)
+    count = sum(min(len(d), limit) for name, d in datasets.items() if name.startswith("valid"))
+    between = (training.eval_interval or training.train_steps) * batch
+    if 2 * count < between:
+        return []
+    return [
+        f"each validation scores {count:,} samples, {count / between:.0%} of the {between:,} that "
+        f"are trained between two; lower --training.eval_samples (now {limit:,}) or raise "
+        "--training.eval_interval"
+    ]
 
 
 def _vocab_size(given: int | None, manifest: Manifest | None, prefix: str) -> int | None:

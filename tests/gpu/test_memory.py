@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tests/fake_cuda"))
 
 import terms  # noqa: E402
 from fake_model import batch, build  # noqa: E402
+
 from megagpt.model.layers import ONE_RANK  # noqa: E402
 
 ROWS = [row for row in terms.ROWS if row.job.tensor_parallel_size == 1]

@@ -5,6 +5,7 @@ oracle's curve of its style and features.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from megagpt.config.layout import Layout
 
@@ -25,6 +26,104 @@ FEATURES = {
     "--model.seq_length 16",
 }
 
+_SMALL = 1_000
+KEYS: dict[str, dict[str, Any]] = {
+    # The secondary copy of ZeRO++ on two ranks: of all at dp 2, of each pair at dp 4.
+    "hpz": {"zero_optimization": {"zero_hpz_partition_size": 2}},
+    # Many buckets, where by default one holds all.
+    "buckets": {
+        "zero_optimization": {
+            "contiguous_gradients": False,
+            "reduce_bucket_size": _SMALL,
+            "allgather_bucket_size": _SMALL,
+            "allgather_partitions": False,
+            "use_multi_rank_bucket_allreduce": False,
+            "round_robin_gradients": True,
+        }
+    },
+    "reduce": {
+        "zero_optimization": {
+            "reduce_scatter": False,
+            "overlap_comm": True,
+            "ignore_unused_parameters": False,
+            "load_from_fp32_weights": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "disable_python_gc": True,
+    },
+    "predivide": {"gradient_predivide_factor": 2.0, "zero_optimization": {"reduce_scatter": False}},
+    "prescale": {"prescale_gradients": True},
+    "fetch": {
+        "zero_optimization": {
+            "overlap_comm": True,
+            "contiguous_gradients": False,
+            "reduce_bucket_size": _SMALL,
+            "sub_group_size": _SMALL,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_model_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        }
+    },
+    "gather": {
+        "zero_optimization": {
+            "reduce_scatter": False,
+            "stage3_use_all_reduce_for_fetch_params": True,
+            "stage3_prefetch_bucket_size": _SMALL,
+            "stage3_max_live_parameters": 10 * _SMALL,
+        }
+    },
+    "sequential": {
+        "zero_optimization": {
+            "stage3_allgather_sequential": True,
+            "memory_efficient_linear": False,
+            "override_module_apply": False,
+            "enable_sanity_checks": True,
+            "log_trace_cache_warnings": True,
+            "parameter_alignment": False,
+        }
+    },
+    "immediate": {"bf16": {"immediate_grad_update": True, "check_grad_overflow": False}},
+    "pinned": {
+        "zero_optimization": {
+            "offload_param": {"pin_memory": False},
+            "offload_optimizer": {"pin_memory": False, "cpuadam_cores_perc": 0.5},
+        }
+    },
+    "swapping": {
+        "zero_optimization": {
+            "offload_param": {"buffer_count": 6, "buffer_size": 4_000_000, "pin_memory": False},
+            "offload_optimizer": {"buffer_count": 5, "fast_init": True}
+            | {"pipeline_read": True, "pipeline_write": True},
+        },
+        "aio": {"block_size": 65_536, "queue_depth": 4, "intra_op_parallelism": 2}
+        | {"single_submit": True, "overlap_events": False, "use_gds": False},
+    },
+    "watched": {
+        "steps_per_print": 5,
+        "wall_clock_breakdown": True,
+        "memory_breakdown": True,
+        "dump_state": True,
+        "log_level": "warning",
+        "timers": {"throughput": {"enabled": True, "synchronized": True}},
+        "comms_logger": {"enabled": True, "prof_all": True, "prof_ops": [], "verbose": False}
+        | {"debug": False},
+        "flops_profiler": {"enabled": True, "recompute_fwd_factor": 0.0, "profile_step": 2}
+        | {"module_depth": -1, "top_modules": 1, "detailed": False},
+    },
+}
+"""Keys of the DeepSpeed JSON at other values than their own: the computation must not change."""
+
+
+def _merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A JSON with another's keys put in."""
+    merged = dict(values)
+    for key, value in more.items():
+        is_section = isinstance(value, dict)
+        merged[key] = _merged(merged.get(key, {}), value) if is_section else value
+    return merged
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -34,6 +133,7 @@ class Cell:
     style: str = GPT2
     precision: str = "fp32"
     features: tuple[str, ...] = ()
+    """Names out of FEATURES, and out of KEYS."""
     is_core: bool = False
     """Whether `make test` runs it; the others are slow."""
 
@@ -44,7 +144,7 @@ class Cell:
     @property
     def reference(self) -> tuple:
         """Which of the oracle's curves it must give."""
-        return self.style, self.features
+        return self.style, tuple(name for name in self.features if name in FEATURES)
 
     @property
     def world_size(self) -> int:
@@ -54,10 +154,17 @@ class Cell:
         """Flags that differ between cells."""
         return [
             *STYLES[self.style].split(),
-            *(word for feature in self.features for word in FEATURES[feature].split()),
+            *(word for name in self.features for word in FEATURES.get(name, "").split()),
             *("--training.precision", self.precision),
             *Layout.parse(self.layout).arguments(),
         ]
+
+    def ds_config(self) -> dict[str, Any]:
+        """The DeepSpeed JSON."""
+        values = Layout.parse(self.layout).ds_config()
+        for name in self.features:
+            values = _merged(values, KEYS.get(name, {}))
+        return values
 
 
 def _core(layout, *arguments, **options):
@@ -156,6 +263,26 @@ CELLS = (
     Cell("pp2-dp2-zero1-offload_optimizer_cpu", GPT2, "bf16"),
     Cell("dp2-zero2-offload_optimizer_cpu", GPT2, "bf16"),
     Cell("dp2-zero3-offload_nvme", GPT2, "bf16", features=WIDE),
+    # keys of the DeepSpeed JSON
+    Cell("dp2-zero3", LLAMA, features=("hpz",)),
+    Cell("dp4-zero3", GPT2, features=("hpz",)),
+    Cell("dp2-zero3", GPT2, "bf16", features=("hpz",)),
+    Cell("dp2-zero1", LLAMA, features=("buckets",)),
+    Cell("dp2-zero2", GPT2, features=("buckets",)),
+    Cell("dp2-zero1", GPT2, features=("reduce",)),
+    Cell("dp2-zero2", LLAMA, features=("reduce",)),
+    Cell("dp2-zero0", LLAMA, features=("predivide",)),
+    Cell("dp2-zero2", GPT2, features=("predivide",)),
+    Cell("dp2-zero0", GPT2, features=("prescale",)),
+    Cell("dp2-zero2", LLAMA, features=("prescale",)),
+    Cell("dp2-zero3", LLAMA, features=("prescale",)),
+    Cell("dp2-zero3", GPT2, features=("fetch",)),
+    Cell("dp2-zero3", LLAMA, features=("gather",)),
+    Cell("dp2-zero3", GPT2, features=("sequential",)),
+    Cell("dp2-zero1", LLAMA, "bf16", features=("immediate",)),
+    Cell("dp2-zero3-offload_cpu", GPT2, features=("pinned",)),
+    Cell("dp2-zero3-offload_nvme", GPT2, features=("wide", "swapping")),
+    Cell("dp2-zero1", GPT2, features=("watched",)),
 )
 
 GPU_CELLS = (

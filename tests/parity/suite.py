@@ -20,7 +20,6 @@ import torch
 from cells import CELLS, Cell
 
 from megagpt.config.command_line import parse_config
-from megagpt.config.layout import Layout
 from megagpt.operations.prebuild import async_io_problem
 from megagpt.testing.corpus import byte_corpus
 from megagpt.testing.distributed import DEVICE, most_ranks, release_groups, run_distributed
@@ -118,8 +117,9 @@ def train_cell(rank: int, world_size: int, cell: Cell, data: Path, output_dir: P
     from megagpt.training.start import start
 
     config, _, sources = parse_config(arguments(cell, data, output_dir))
-    ds_config = Layout.parse(cell.layout).ds_config()
-    resolved = resolve_run(config, ds_config, sources=sources, world_size=world_size, device=DEVICE)
+    resolved = resolve_run(
+        config, cell.ds_config(), sources=sources, world_size=world_size, device=DEVICE
+    )
     run = prepare_run(resolved, rank=rank)
     curve, swapped = [], set()
 

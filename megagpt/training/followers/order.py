@@ -5,9 +5,13 @@ Next files: the followers, none of which knows another.
 
 from __future__ import annotations
 
+from functools import partial
+
 from megagpt.model.gpt import count_parameters
 from megagpt.monitor.metrics import MetricLogger
+from megagpt.training.engine import parameter_norm
 from megagpt.training.followers.figures import Figures
+from megagpt.training.followers.finite import Finite
 from megagpt.training.followers.record import Follower
 from megagpt.training.followers.saving import Saving
 from megagpt.training.followers.stopping import Stopping, StopSignal
@@ -30,8 +34,10 @@ def followers_of(
     """
     run, config, state = session.run, session.run.config, session.state
     num_skipped = state.step - state.adam_step
-    saving = Saving(session.checkpointer, config.checkpoint)
+    weights_norm = partial(parameter_norm, session.engine, session.groups)
+    saving = Saving(session.checkpointer, config.checkpoint, weights_norm)
     return (
+        Finite(session.engine).after_step,
         Figures(session, metrics, config.monitor, config.model, num_skipped).after_step,
         # gives the verdict that those after it read
         Stopping(config.training, run.start_time, stop_signal, session.checkpointer).after_step,

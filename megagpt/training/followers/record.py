@@ -23,6 +23,8 @@ class Verdict:
     """Whether it ends because a rank was told to."""
     has_save_failed: bool = False
     """Whether a save in the background has failed on some rank."""
+    is_diverged: bool = False
+    """Whether it ends lost: too many steps in a row, or the weights, were not finite."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class StepRecord:
     """That it waited for its data, within `seconds`."""
     was_applied: bool
     """Whether the weights were updated; an overflow in fp16 skips that."""
+    num_nonfinite: int = 0
+    """Steps in a row, up to this one, that were not finite; from `finite.py`."""
     verdict: Verdict = Verdict()
     """From `stopping.py`."""
     validation: Mapping[str, float] = field(default_factory=dict)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +26,8 @@ class Saving:
 
     checkpointer: Checkpointer
     config: CheckpointConfig
+    weights_norm: Callable[[], float]
+    """Euclidean norm of all weights; a collective."""
 
     def meet_failure(self, record: StepRecord) -> None:
         """Ends a save in the background that has failed, as soon as all ranks know of it."""
@@ -31,13 +35,22 @@ class Saving:
             with self._failure_met():
                 self.checkpointer.finish()
 
-    def after_step(self, record: StepRecord) -> None:
-        """Saves if it is time; at the end it waits until the state is on disk."""
+    def after_step(self, record: StepRecord) -> StepRecord | None:
+        """Saves if it is time; at the end it waits until the state is on disk.
+
+        A state that is lost is never saved: retention would let go a good one for it. At the end
+        the record says so.
+        """
         if not record.is_due(self.config.save_interval):
-            return
+            return None
         step, is_last = record.state.step, record.verdict.stop is not None
         with self._failure_met():
             self.checkpointer.finish()  # the one before, in the background
+        problem = self._problem(record)
+        if problem:
+            logger.info(f"warning: no checkpoint at iteration {step}: {problem}")
+            verdict = dataclasses.replace(record.verdict, is_diverged=is_last)
+            return dataclasses.replace(record, verdict=verdict)
         directory = self.checkpointer.checkpoints
         logger.info(f"saving checkpoint at iteration {step:7d} to {directory}")
         with self._failure_met(is_last=is_last):
@@ -46,6 +59,17 @@ class Saving:
                 self.checkpointer.finish()
             if is_last or not self.config.async_save:
                 logger.info(f"  successfully saved checkpoint at iteration {step:7d}")
+        return None
+
+    def _problem(self, record: StepRecord) -> str:
+        """Why the state is not worth keeping; empty if it is. A collective."""
+        is_lost = record.verdict.is_diverged or record.verdict.stop is None
+        if record.num_nonfinite and is_lost:
+            return "its loss or gradient norm is not finite"
+        # An update can spoil the weights after the figures of its step were sound.
+        if not math.isfinite(self.weights_norm()):
+            return "not all of its weights are finite"
+        return ""
 
     @contextmanager
     def _failure_met(self, *, is_last: bool = False) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""When a run ends: after so many steps or tokens, after a time, or when it is told to.
+"""When a run ends: after so many steps or tokens or a time, when it is told to, or is lost.
 
 All ranks learn of it in one message after each step, for clocks and signals differ.
 """
@@ -81,12 +81,17 @@ class Stopping:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         late, is_told, has_save_failed = (bool(flag) for flag in flags.tolist())
         stop = _limit_reached(self.training, record.state)
+        most, in_a_row = self.training.max_nonfinite_steps, record.num_nonfinite
+        is_diverged = 0 < most <= in_a_row
+        if is_diverged:
+            stop = f"{in_a_row} steps in a row were not finite"
         if stop is None and late:
             stop = f"exit_duration_seconds={limit} reached"
         is_signalled = stop is None and is_told
         if is_signalled:
             stop = "a signal to stop was received"
-        return dataclasses.replace(record, verdict=Verdict(stop, is_signalled, has_save_failed))
+        verdict = Verdict(stop, is_signalled, has_save_failed, is_diverged)
+        return dataclasses.replace(record, verdict=verdict)
 
 
 def _limit_reached(training: TrainingConfig, state: CheckpointState) -> str | None:

@@ -31,7 +31,7 @@ class Summary:
         self.num_tokens += record.result.num_tokens
         self.seconds += record.seconds
         verdict, losses = record.verdict, record.validation
-        if self.rank != 0 or not verdict.stop or verdict.is_signalled:
+        if self.rank != 0 or not verdict.stop or verdict.is_signalled or verdict.is_diverged:
             return
         values = {
             "megagpt_version": __version__,

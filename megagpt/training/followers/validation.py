@@ -22,7 +22,8 @@ class Validation:
     def after_step(self, record: StepRecord) -> StepRecord | None:
         """Adds the losses to the record, if it is time."""
         # Told to stop, there may be little time: save, and evaluate another day.
-        if record.verdict.is_signalled or not record.is_due(self.eval_interval):
+        verdict = record.verdict
+        if verdict.is_signalled or verdict.is_diverged or not record.is_due(self.eval_interval):
             return None
         session, losses = self.session, {}
         for split in session.batches.datasets:

@@ -16,6 +16,6 @@ def record(step=1, *, loss=2.0, **more):
         data_fingerprint={},
         learning_rate=1e-3,
     )
-    result = StepResult(loss=loss, num_tokens=10, grad_norm=0.5)
+    result = more.pop("result", StepResult(loss=loss, num_tokens=10, grad_norm=0.5))
     options = {"seconds": 2.0, "data_wait_seconds": 0.5, "was_applied": True} | more
     return StepRecord(state, result, **options)

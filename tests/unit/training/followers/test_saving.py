@@ -1,5 +1,6 @@
 """When a checkpoint is saved, and what a save that fails means for the run."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ def failure(*, is_final=False):
 
 def test_it_saves_at_each_interval_and_waits_at_the_end():
     checkpointer = FakeCheckpointer()
-    saving = Saving(checkpointer, CheckpointConfig(save_interval=2))
+    saving = Saving(checkpointer, CheckpointConfig(save_interval=2), lambda: 1.0)
     for step in (1, 2, 3):
         saving.after_step(record(step))
     assert checkpointer.calls == ["finish", "save 2"]
@@ -47,7 +48,7 @@ def test_it_saves_at_each_interval_and_waits_at_the_end():
 
 def test_an_interval_of_0_saves_only_at_the_end():
     checkpointer = FakeCheckpointer()
-    saving = Saving(checkpointer, CheckpointConfig(save_interval=0))
+    saving = Saving(checkpointer, CheckpointConfig(save_interval=0), lambda: 1.0)
     saving.after_step(record(4))
     assert checkpointer.calls == []
     saving.after_step(record(5, verdict=END))
@@ -56,7 +57,7 @@ def test_an_interval_of_0_saves_only_at_the_end():
 
 def test_a_failed_save_in_the_background_is_met_as_soon_as_all_know_of_it():
     checkpointer = FakeCheckpointer(finish=failure())
-    saving = Saving(checkpointer, CheckpointConfig())
+    saving = Saving(checkpointer, CheckpointConfig(), lambda: 1.0)
     saving.meet_failure(record())
     assert checkpointer.calls == []
     with pytest.raises(SaveFailed):
@@ -74,7 +75,9 @@ def test_a_failed_save_in_the_background_is_met_as_soon_as_all_know_of_it():
 )
 def test_a_failed_save_ends_the_run_or_not(policy, step, error, ends):
     checkpointer = FakeCheckpointer(**{f"save {step}": error})
-    saving = Saving(checkpointer, CheckpointConfig(save_interval=2, on_save_error=policy))
+    saving = Saving(
+        checkpointer, CheckpointConfig(save_interval=2, on_save_error=policy), lambda: 1.0
+    )
     last = record(step, verdict=END if step == 5 else Verdict())
     if ends:
         with pytest.raises(SaveFailed):
@@ -83,3 +86,24 @@ def test_a_failed_save_ends_the_run_or_not(policy, step, error, ends):
         saving.after_step(last)
         saving.after_step(record(4))
         assert checkpointer.calls[-1] == "save 4"
+
+
+@pytest.mark.parametrize(
+    ("last", "norm", "saves", "is_diverged"),
+    [
+        (record(2), 1.0, True, False),
+        (record(2), math.nan, False, False),
+        (record(2), math.inf, False, False),
+        (record(2, num_nonfinite=1), 1.0, False, False),
+        # Told to stop amid steps that were skipped: the weights are those of before.
+        (record(2, num_nonfinite=1, verdict=Verdict("a signal", True)), 1.0, True, False),
+        (record(2, num_nonfinite=1, verdict=Verdict("a signal", True)), math.nan, False, True),
+        (record(2, num_nonfinite=9, verdict=Verdict("9", is_diverged=True)), 1.0, False, True),
+    ],
+)
+def test_a_lost_state_is_not_saved(last, norm, saves, is_diverged):
+    checkpointer = FakeCheckpointer()
+    saving = Saving(checkpointer, CheckpointConfig(save_interval=2), lambda: norm)
+    followed = saving.after_step(last) or last
+    assert ("save 2" in checkpointer.calls) == saves
+    assert followed.verdict.is_diverged == is_diverged

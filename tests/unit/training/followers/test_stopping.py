@@ -73,6 +73,19 @@ LIMITS = [
 ]
 
 
+@pytest.mark.parametrize(("most", "is_diverged"), [(4, False), (3, True), (2, True), (0, False)])
+def test_too_many_steps_that_are_not_finite_end_the_run(world_of_one, most, is_diverged):
+    stopping = Stopping(
+        TrainingConfig(max_nonfinite_steps=most),
+        time.monotonic(),
+        SimpleNamespace(received=None),
+        SimpleNamespace(has_failed=False),
+    )
+    verdict = stopping.after_step(record(9, num_nonfinite=3)).verdict
+    assert verdict.is_diverged == is_diverged
+    assert verdict.stop == ("3 steps in a row were not finite" if is_diverged else None)
+
+
 @pytest.mark.parametrize(("limits", "elapsed", "is_told", "has_failed", "verdict"), LIMITS)
 def test_limits_and_signals_end_the_run(
     world_of_one, limits, elapsed, is_told, has_failed, verdict
