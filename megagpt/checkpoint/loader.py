@@ -104,10 +104,13 @@ def _agree(error: Exception | None, agreement: Agreement) -> str:
         CheckpointRefused: On every rank, if one of them could not read for another reason: what
             storage refuses today may be there tomorrow, and no older step is better.
     """
-    outcomes = agreement.all((in_words(error), isinstance(error, DamagedCheckpoint)))
+    mine = None
+    if error is not None:
+        mine = (in_words(error), isinstance(error, DamagedCheckpoint))
+    outcomes = agreement.failures(mine)
     if error is not None and not isinstance(error, (ValueError, OSError)):
         raise error  # a fault of ours, with its traceback
-    failed = [(f"rank {rank}: {p}", damage) for rank, (p, damage) in enumerate(outcomes) if p]
+    failed = [(f"rank {rank}: {p}", damage) for rank, (p, damage) in outcomes.items()]
     for problem, is_damage in failed:
         if not is_damage:
             raise CheckpointRefused(f"{problem}; mend that, or resume from another step_* folder")

@@ -65,7 +65,8 @@ class SaveFailed(OSError):
 class Checkpointer:
     """Saves and loads one engine; every rank must make one and call it alike.
 
-    The folder is on a file system that all ranks share; `vocab_size` is without padding.
+    The folder is on a file system that all ranks share; `vocab_size` is without padding; the
+    agreement is closed with it.
 
     Raises:
         CheckpointRefused: On every rank, if not all of them see the same folder, if it cannot be
@@ -81,13 +82,14 @@ class Checkpointer:
         layout: Layout,
         vocab_size: int,
         config: CheckpointConfig,
+        agreement: Agreement,
     ) -> None:
         self.checkpoints = checkpoints
         self.config = config
         self.layout = layout
         self._engine = engine
         self._rank = groups.rank
-        self._agreement = Agreement()
+        self.agreement = agreement
         self._state = optimizer_state(engine)
         names = {id(p): name for name, p in engine.module.canonical_parameters()}
         self._parts = held_parts(self._state, names, groups, vocab_size=vocab_size)
@@ -99,7 +101,7 @@ class Checkpointer:
     def close(self) -> None:
         """Ends a save in the background, the group of its own, and the hold on the folder."""
         self.finish()
-        self._agreement.close()
+        self.agreement.close()
         self._release()
 
     def abandon(self, timeout_seconds: float) -> None:
@@ -124,7 +126,7 @@ class Checkpointer:
                 problem = in_words(error)
                 if isinstance(error, OSError) and not isinstance(error, FolderTaken):
                     problem = f"{self.checkpoints} cannot be written ({error.strerror})"
-        self._token = self._agreement.of_rank_0(
+        self._token = self.agreement.of_rank_0(
             self._committer.owner.token if self._committer else ""
         )
         if not problem and not is_owned(self.checkpoints, self._token):
@@ -132,7 +134,7 @@ class Checkpointer:
                 f"{self.checkpoints.absolute()} is not the folder that rank 0 writes to; give "
                 "every rank the same --output_dir, on a file system that all hosts share"
             )
-        problem = self._agreement.first(problem)
+        problem = self.agreement.first(problem)
         if problem:
             self._release()
             raise CheckpointRefused(problem)
@@ -152,7 +154,7 @@ class Checkpointer:
         state = dataclasses.replace(
             state, adam_step=self._state.adam_step, loss_scaler=self._state.loss_scaler
         )
-        extras = random_states()
+        extras = random_states(self._engine.device)
         if self.config.async_save:
             self._together(self._copy.fill)
             self._background.start(lambda: self._write(state, extras, self._copy.tensors()))
@@ -189,7 +191,7 @@ class Checkpointer:
         self._together(stage, staging)
         files = self._together(lambda: self._write_files(staging, extras, tensors), staging)
         parts = [(part.name, part.shape, part.piece) for part in owned_parts(self._parts)]
-        shards = self._agreement.gather(Shard(parts, files))
+        shards = self.agreement.gather(Shard(parts, files))
         self._together(commit, staging)
 
     def _write_files(
@@ -226,17 +228,18 @@ class Checkpointer:
             result = work()
         except Exception as caught:
             error = caught
-        outcomes = self._agreement.all((in_words(error), isinstance(error, FolderTaken)))
-        if not any(problem for problem, _ in outcomes):
+        mine = None if error is None else (in_words(error), isinstance(error, FolderTaken))
+        outcomes = self.agreement.failures(mine)
+        if not outcomes:
             return result
         # What stands in a folder that another run has taken is that run's.
         is_own = self._committer is not None and is_owned(self.checkpoints, self._token)
         if staging is not None and is_own:
             shutil.rmtree(staging, ignore_errors=True)
-        is_taken = any(is_taken for _, is_taken in outcomes)
+        is_taken = any(is_taken for _, is_taken in outcomes.values())
         # Where a run has lost its folder, other errors follow from that.
-        rank, (problem, _) = next(
-            (rank, each) for rank, each in enumerate(outcomes) if each[0] and each[1] == is_taken
+        rank, problem = next(
+            (rank, words) for rank, (words, taken) in outcomes.items() if taken == is_taken
         )
         remedy = "this run ends" if is_taken else "free space or name a writable --output_dir"
         raise SaveFailed(
@@ -261,7 +264,7 @@ class Checkpointer:
             CheckpointRefused: On every rank, if nothing could be loaded.
         """
         reader = load_checkpoint(
-            path, self._state, self._parts, agreement=self._agreement, restore=self._restore
+            path, self._state, self._parts, agreement=self.agreement, restore=self._restore
         )
         if self._committer is not None:
             self._committer.follow(reader.directory, reader.manifest)
@@ -276,4 +279,4 @@ class Checkpointer:
         self._engine.global_samples = manifest.state.consumed_samples
         self._engine.skipped_steps = manifest.state.step - manifest.state.adam_step
         if manifest.layout == self.layout:
-            restore_random_states(lambda name: reader.extra(self._rank, name))
+            restore_random_states(self._engine.device, lambda name: reader.extra(self._rank, name))

@@ -1,12 +1,12 @@
-"""Compiles DeepSpeed's CPU ops and the data pipeline's, so that no run waits for them."""
+"""Compiles DeepSpeed's ops and the data pipeline's, so that no run waits for them."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 
 from megagpt.data.native import load_native
+from megagpt.operations.hardware import training_device
 from megagpt.operations.prebuild import prebuild
 
 
@@ -16,10 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Compiles."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    training_device()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     prebuild()
     load_native()  # says so where it cannot be compiled

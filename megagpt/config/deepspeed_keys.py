@@ -81,16 +81,12 @@ ACCEPTED_KEYS: dict[str, Kind] = {
         "stage3_model_persistence_threshold": "int",
         "stage3_max_live_parameters": "int",
         "stage3_max_reuse_distance": "int",
-        "stage3_module_granularity_threshold": "int",
         "stage3_use_all_reduce_for_fetch_params": "bool",
         "stage3_allgather_sequential": "bool",
         "ignore_unused_parameters": "bool",
         "round_robin_gradients": "bool",
         "parameter_alignment": "bool",
         "zero_hpz_partition_size": "int",
-        "zero_quantized_weights": "bool",
-        "zero_quantized_nontrainable_weights": "bool",
-        "zero_quantized_gradients": "bool",
         "memory_efficient_linear": "bool",
         "override_module_apply": "bool",
         "log_trace_cache_warnings": "bool",
@@ -143,6 +139,10 @@ _OWN_PRECISION = "precision is set by --training.precision; remove it"
 _OWN_DATA = "the order of the data is megagpt's (data section); remove it"
 _OWN_LAYOUT = "parallel layers are megagpt's (parallel section); remove it"
 _OFFLOAD = 'it is deprecated; write zero_optimization.{0}: {{"device": "cpu"}}'
+_QUANTIZED = (
+    "weights or gradients are rounded to 8 or 4 bits by CUDA kernels, and no cell has proved what "
+    "that does to a run; remove it"
+)
 _FP32_STATE = "master weights, gradients and moments are fp32 here; remove it"
 _CHECKPOINT = "checkpoints are megagpt's (checkpoint section of the run configuration); remove it"
 
@@ -197,6 +197,11 @@ REFUSED_KEYS: dict[str, str] = {
     "optimizer of its own, which the learning rate does not reach (0.19.8); remove it",
     "zero_optimization.offload_optimizer.super_offload": "its moments are in another process, out "
     "of a checkpoint's reach; remove it",
+    "zero_optimization.stage3_module_granularity_threshold": "the first backward pass of a model "
+    "whose modules become leaves of it dies (0.19.8); remove it",
+    "zero_optimization.zero_quantized_weights": _QUANTIZED,
+    "zero_optimization.zero_quantized_nontrainable_weights": _QUANTIZED,
+    "zero_optimization.zero_quantized_gradients": _QUANTIZED,
     "zero_optimization.zenflow": _NOT_DRIVEN,
     "zero_optimization.save_muon_momentum_buffer_in_memory": _NOT_DRIVEN,
     "zero_optimization.leaf_module": _NOT_DRIVEN,

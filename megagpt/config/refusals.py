@@ -78,9 +78,21 @@ class Facts:
         return ", ".join(key for key in self.zero if key.startswith(("stage3_", *_ZERO_PLUS_PLUS)))
 
     @property
-    def zero_plus_plus_keys(self) -> str:
-        """Those of ZeRO++."""
-        return ", ".join(key for key in self.zero if key.startswith(_ZERO_PLUS_PLUS))
+    def hpz(self) -> int:
+        """Ranks that hold a second copy of the weights together; 1 is none."""
+        return self.zero.get("zero_hpz_partition_size", 1)
+
+    @property
+    def scales_before_reducing(self) -> bool:
+        """Whether gradients are divided before they are summed over dp."""
+        values = self.ds_config
+        predivides = values.get("gradient_predivide_factor", 1.0) != 1.0
+        return predivides or values.get("prescale_gradients", False)
+
+    @property
+    def reduces_by_scatter(self) -> bool:
+        """DeepSpeed's default."""
+        return self.zero.get("reduce_scatter", True)
 
 
 @dataclass(frozen=True)
@@ -268,11 +280,25 @@ _OF_LAYOUTS: tuple[Rule[Facts], ...] = (
         "remove them, or set stage 3",
     ),
     Rule(
-        "ZeRO++ (zero_hpz_*, zero_quantized_*) with tensor parallelism",
-        lambda f: bool(f.zero_plus_plus_keys) and f.tp > 1,
-        "zero_optimization.{{{0.zero_plus_plus_keys}}} with tensor_parallel_size={0.tp}",
-        "no parity cell proves it",
-        "remove them, or set tensor_parallel_size 1",
+        "zero_hpz_partition_size with tensor parallelism",
+        lambda f: f.hpz > 1 and f.tp > 1,
+        "zero_optimization.zero_hpz_partition_size={0.hpz} with tensor_parallel_size={0.tp}",
+        "DeepSpeed makes its groups of neighbouring ranks, which hold parts of different weights",
+        "remove it, or set tensor_parallel_size 1",
+    ),
+    Rule(
+        "zero_hpz_partition_size that does not divide the ranks",
+        lambda f: f.hpz < 1 or f.world_size % min(f.hpz, f.world_size) > 0,
+        "zero_optimization.zero_hpz_partition_size={0.hpz} on {0.world_size} ranks",
+        "each group of so many ranks holds a second copy of the weights",
+        "choose a divisor of the ranks, best the GPUs of a host",
+    ),
+    Rule(
+        "gradients divided before they are reduced, with reduce_scatter, beyond stage 1",
+        lambda f: f.stage in (2, 3) and f.scales_before_reducing and f.reduces_by_scatter,
+        "prescale_gradients or gradient_predivide_factor under stage {0.stage} with reduce_scatter",
+        "DeepSpeed has no such path",
+        "remove them, or set zero_optimization.reduce_scatter false",
     ),
 )
 

@@ -141,10 +141,20 @@ class ParallelConfig:
     """Split norms and the residual stream over the sequence, on the tensor-parallel ranks."""
     pipeline_partition: Literal["parameters", "flops"] = "parameters"
     """What the stages share evenly."""
+    startup_timeout_minutes: float = 30.0
+    """How long a rank waits for the others up to the end of the first step."""
+    collective_timeout_minutes: float = 10.0
+    """How long a rank waits for the others in a collective after that, before the run ends."""
 
     def __post_init__(self) -> None:
         """Checks the degrees, and that no setting is without effect."""
-        _require_positive(self, "tensor_parallel_size", "pipeline_parallel_size")
+        _require_positive(
+            self,
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "startup_timeout_minutes",
+            "collective_timeout_minutes",
+        )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise ValueError(
                 "sequence_parallel=true has no effect at tensor_parallel_size=1; "
@@ -339,12 +349,15 @@ class CheckpointConfig:
     """Steps whose multiples stay as well, with keep_last; 0 is none."""
     load: str = "none"
     """`none` starts afresh, `auto` resumes the newest checkpoint of the run folder, else a path."""
+    timeout_minutes: float = 30.0
+    """How long a rank waits for the files of the others."""
     override: list[str] | None = None
     """Settings that may differ from those of the checkpoint, as [optimizer.lr, data]."""
 
     def __post_init__(self) -> None:
         """Checks ranges and that no setting is without effect."""
         _require_not_negative(self, "save_interval", "keep_last", "keep_every")
+        _require_positive(self, "timeout_minutes")
         if self.keep_every and not self.keep_last:
             raise ValueError(
                 f"keep_every={self.keep_every} has no effect with keep_last=0, which keeps all; "

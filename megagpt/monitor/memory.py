@@ -5,9 +5,9 @@ import resource
 import torch
 
 
-def memory_metrics() -> dict[str, float]:
+def memory_metrics(device: torch.device) -> dict[str, float]:
     """Bytes: the allocator's figures on a GPU, resident memory of the process on a CPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if device.type == "cuda":
         return {
             "mem-allocated-bytes": torch.cuda.memory_allocated(),
             "mem-max-allocated-bytes": torch.cuda.max_memory_allocated(),

@@ -14,7 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-OPS: tuple[str, ...] = ("ShareMemCommBuilder", "CPUAdamBuilder", "FusedAdamBuilder")
+OPS: dict[str, tuple[str, ...]] = {
+    "cpu": ("ShareMemCommBuilder", "CPUAdamBuilder", "FusedAdamBuilder"),
+    "cuda": ("CPUAdamBuilder", "FusedAdamBuilder"),
+}
+"""By accelerator."""
 ASYNC_IO = "AsyncIOBuilder"
 """Op of NVMe offload, built where libaio is installed."""
 LOCK_NAME = "lock"
@@ -25,7 +29,10 @@ _UNSEEN_HOLDER_SECONDS = 3600.0
 _COMPILERS = frozenset(
     {"ninja", "c++", "g++", "cc1plus", "collect2", "ld", "as", "clang", "clang++", "nvcc", "ptxas"}
 )
-_NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs"})
+# All others may be seen by other hosts, whose processes are not.
+_LOCAL_FILE_SYSTEMS = frozenset(
+    {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "apfs"}
+)
 
 
 def extensions_root() -> Path:
@@ -76,7 +83,7 @@ def prepare_builds() -> None:
 def prebuild() -> None:
     """Compiles and loads each op, telling of it on stderr; one that is compiled is only loaded.
 
-    On another accelerator than the CPU DeepSpeed compiles its ops at the first use.
+    On an accelerator that is neither CPU nor CUDA DeepSpeed compiles its ops at the first use.
 
     Raises:
         ValueError: If an op cannot be compiled.
@@ -84,18 +91,21 @@ def prebuild() -> None:
     prepare_builds()
     from deepspeed.accelerator import get_accelerator
 
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    accelerator = get_accelerator().device_name()
+    if accelerator not in OPS:
         _report(
-            f"accelerator={accelerator.device_name()}: nothing is prebuilt; DeepSpeed compiles its "
-            "ops at the first use (for CPU ops set DS_ACCELERATOR=cpu)"
+            f"accelerator={accelerator}: nothing is prebuilt; DeepSpeed compiles its ops at the "
+            "first use (for CPU ops set DS_ACCELERATOR=cpu)"
         )
         return
-    ops = OPS
+    ops = OPS[accelerator]
+    if problem := fused_adam_problem():
+        _report(f"op FusedAdamBuilder is left out, torch's Adam takes its place: {problem}")
+        ops = tuple(name for name in ops if name != "FusedAdamBuilder")
     if problem := async_io_problem():
         _report(f"op {ASYNC_IO} is left out, without it there is no NVMe offload: {problem}")
     else:
-        ops = (*OPS, ASYNC_IO)
+        ops = (*ops, ASYNC_IO)
     for number, name in enumerate(ops, 1):
         _load(name, f"op {number}/{len(ops)} {name}")
 
@@ -112,6 +122,25 @@ def async_io_problem() -> str | None:
         "(Debian, Ubuntu: apt-get install libaio-dev; Fedora: dnf install libaio-devel), or "
         "offload to cpu"
     )
+
+
+def fused_adam_problem() -> str | None:
+    """Why DeepSpeed's fused Adam cannot be compiled here; None if it can, or is there."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cuda":
+        return None
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import builder
+
+    if installed_ops.get("fused_adam", False):
+        return None
+    try:
+        builder.assert_no_cuda_mismatch("fused_adam")
+    except (builder.MissingCUDAException, builder.CUDAMismatchException) as error:
+        words = " ".join(str(error).split())
+        return f"it needs nvcc of the CUDA that torch was built with ({words})"
+    return None
 
 
 def _load(name: str, title: str) -> None:
@@ -198,7 +227,7 @@ def _is_held(lock: Path, status: os.stat_result) -> bool:
     sees_holder = (
         Path("/proc/self/fd").is_dir()
         and os.geteuid() in (0, status.st_uid)
-        and _file_system(folder) not in _NETWORK_FILE_SYSTEMS
+        and _file_system(folder) in _LOCAL_FILE_SYSTEMS
     )
     return not sees_holder and time.time() - status.st_mtime < _UNSEEN_HOLDER_SECONDS
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch.distributed as dist
 
 from megagpt.parallel.topology import ParallelTopology
@@ -19,10 +21,30 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def _own_group(rank: int, lists: list[list[int]]) -> tuple[dist.ProcessGroup, list[int]]:
+def _own_group(rank: int, family: list[list[int]]) -> tuple[dist.ProcessGroup, list[int]]:
+    """This rank's group of a family that divides the world, and its ranks; a collective."""
+    own = next(ranks for ranks in family if rank in ranks)
+    world = dist.group.WORLD
+    assert world is not None
+    if dist.get_backend() == "nccl" and world.bound_device_id is not None:
+        # One split of the world's communicator for all of the family. There new_group splits it
+        # too, on every rank of the world, once for each of as many groups as there may be ranks.
+        group = dist.split_group(split_ranks=family)
+        assert group is not None
+        return group, own
     # Every rank creates every group, in the same order: new_group is collective over the world.
-    groups = [(dist.new_group(ranks), ranks) for ranks in lists]
-    return next(pair for pair in groups if rank in pair[1])
+    groups = [dist.new_group(ranks) for ranks in family]
+    return groups[family.index(own)], own
+
+
+def limit_waiting(timeout: timedelta, *, exempt: dist.ProcessGroup) -> None:
+    """Sets how long this rank waits in a collective, in all of its groups but one.
+
+    Torch has no public name for it; what trains on it (torchtitan) takes this one.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not exempt:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class ProcessGroups:
@@ -47,7 +69,9 @@ class ProcessGroups:
         self.pp_rank, self.dp_rank, self.tp_rank = topology.coordinates(self.rank)
         self._tp, self._tp_ranks = _own_group(self.rank, topology.groups("tp"))
         self._dp, self._dp_ranks = _own_group(self.rank, topology.groups("dp"))
-        self.replica_group, _ = _own_group(self.rank, topology.groups("pp", "tp"))
+        self.replica_group = self._tp
+        if topology.pipeline_parallel_size > 1:
+            self.replica_group, _ = _own_group(self.rank, topology.groups("pp", "tp"))
         self.tp_group: Group = self._tp if topology.tensor_parallel_size > 1 else None
         self.dp_group: Group = self._dp if topology.data_parallel_size > 1 else None
 

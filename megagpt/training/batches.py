@@ -59,6 +59,7 @@ class Batches:
         data: What is masked.
         end_of_document: The token that ends documents; needed by masking only.
         has_dropout: Whether samples carry the keys of their masks.
+        is_pinned: Whether a GPU copies them while it computes.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Batches:
         *,
         end_of_document: int | None,
         has_dropout: bool,
+        is_pinned: bool = False,
     ) -> None:
         self.datasets = datasets
         self.sampler = sampler
@@ -81,7 +83,7 @@ class Batches:
         # One thread: the next step's batches are read while this step computes.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int], Future[list[MicroBatch]]] | None = None
-        self._is_pinned = torch.cuda.is_available()
+        self._is_pinned = is_pinned
 
     def training(self, consumed_samples: int, *, step: int) -> list[MicroBatch]:
         """The micro-batches of the step (from 1) that begins at consumed_samples."""
@@ -124,7 +126,6 @@ class Batches:
         """Tensors of samples [b, s + 1]."""
         data = self._data
         num_samples, length = len(samples), samples.shape[1] - 1
-        # Pinned, where a GPU copies it while it computes.
         buffer = torch.empty(
             (2 + data.document_masking, num_samples, length),
             dtype=torch.int64,

@@ -7,6 +7,7 @@ Next file: `train_step.py`.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,13 +15,18 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from megagpt.config.schema import OptimizerConfig
+from megagpt.operations.prebuild import fused_adam_problem
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.optimizer import build_optimizer
+
+logger = logging.getLogger("megagpt")
 
 
 def build_engine(
@@ -39,7 +45,8 @@ def build_engine(
     """
     zero = ds_config.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    optimizer = build_optimizer(model, config, offloaded=offloaded)
+    compiles = offloaded or _compiles_fused_adam()
+    optimizer = build_optimizer(model, config, offloaded=offloaded, compiles=compiles)
     values = dict(ds_config)
     if zero.get("stage", 0) == 0:
         values["gradient_clipping"] = 0.0  # done by the hook
@@ -68,6 +75,18 @@ def build_engine(
             schedule.ReduceTiedGrads: reduce_tied_gradients,
         }
     return engine
+
+
+def _compiles_fused_adam() -> bool:
+    """Whether every rank has DeepSpeed's fused Adam, or can compile it; a collective."""
+    problem = fused_adam_problem()
+    flag = torch.tensor(bool(problem), dtype=torch.int32, device=get_accelerator().device_name())
+    # all-reduce over the world: whether this rank cannot -> whether any cannot
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if flag:
+        words = problem or "another host of the run cannot compile it"
+        logger.info(f"warning: torch's fused AdamW is used instead of DeepSpeed's: {words}")
+    return not flag
 
 
 def _is_counted(parameter: torch.Tensor, groups: ProcessGroups) -> bool:
@@ -174,6 +193,10 @@ def _local_values(parameter: Any) -> torch.Tensor:
     if parameter.ds_tensor.final_location != OffloadDeviceEnum.nvme:
         return parameter.ds_tensor
     swapper = parameter.nvme_swapper
+    # What a forward pass has read ahead, and not used, stands there still.
+    swapper.synchronize_reads()
+    if parameter.ds_tensor.status == PartitionedParamStatus.AVAILABLE:
+        return parameter.ds_tensor
     swapper.swap_in([parameter], async_op=False)
     values = parameter.ds_tensor.clone()
     swapper.remove_partition_and_release_buffers([parameter])

@@ -1,4 +1,4 @@
-"""AdamW over decay and no-decay groups, by DeepSpeed's fused kernels.
+"""AdamW over decay and no-decay groups, by DeepSpeed's fused kernels or torch's.
 
 Next file: `engine.py`, which hands the optimizer to DeepSpeed.
 """
@@ -27,16 +27,26 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(
-    model: torch.nn.Module, config: OptimizerConfig, *, offloaded: bool
+    model: torch.nn.Module, config: OptimizerConfig, *, offloaded: bool, compiles: bool = True
 ) -> torch.optim.Optimizer:
     """Makes DeepSpeed's CPU Adam if the optimizer state is offloaded, else its fused Adam.
 
-    Both are AdamW with fp32 moments; the learning rate is set at every step by the trainer.
+    All are AdamW with fp32 moments; the learning rate is set at every step by the trainer.
+
+    Args:
+        model: Whose parameters are optimized.
+        config: AdamW's settings.
+        offloaded: Whether master weights and moments are in host memory.
+        compiles: Whether DeepSpeed's fused Adam can be had; else torch's takes its place.
     """
     # Imported here: importing an op loads DeepSpeed's accelerator, which a --help must not do.
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     groups = parameter_groups(model, config.weight_decay)
+    if not offloaded and not compiles:
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
     if offloaded:
         return DeepSpeedCPUAdam(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True

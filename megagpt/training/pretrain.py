@@ -13,12 +13,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config.command_line import parse_config
 from megagpt.config.refusals import Device
+from megagpt.operations.hardware import share_cores, training_device
 from megagpt.operations.prebuild import prepare_builds
+from megagpt.parallel.network import prepare_network
 
 if TYPE_CHECKING:
     from megagpt.training.followers.record import StepRecord
@@ -57,7 +60,7 @@ def pretrain(arguments: list[str], on_step: OnStep | None = None) -> int:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         resolved = resolve_run(config, ds_config, sources=sources, world_size=size, device=device)
         run = prepare_run(resolved, rank=rank)
-    with _process_group(device):
+    with _process_group(device, config.parallel.startup_timeout_minutes):
         from megagpt.training.followers.stopping import is_finished
         from megagpt.training.loop import loop
         from megagpt.training.start import start
@@ -120,15 +123,13 @@ def _prepare_process() -> Device:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    device = training_device()
+    share_cores()
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed loads compiled ops; a lock left by a killed build would hang it for ever.
     prepare_builds()
-    return "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"
+    return device
 
 
 def _demo_by_default(arguments: list[str]) -> list[str]:
@@ -149,7 +150,7 @@ def _demo_by_default(arguments: list[str]) -> list[str]:
 
 
 @contextmanager
-def _process_group(device: Device) -> Iterator[None]:
+def _process_group(device: Device, timeout_minutes: float) -> Iterator[None]:
     """Joins the launcher's ranks; leaves them at the end, or where all have met the same error.
 
     After any other error ranks may be within a collective, and the end of a group waits for it.
@@ -172,8 +173,11 @@ def _process_group(device: Device) -> Iterator[None]:
             MASTER_PORT=str(port),
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    prepare_network()
     deepspeed.init_distributed(
-        dist_backend="gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False
+        dist_backend="gloo" if device == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=timeout_minutes),
     )
     try:
         yield

@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import yaml
 from deepspeed import DeepSpeedEngine
 
+from megagpt.checkpoint.agreement import Agreement
 from megagpt.checkpoint.format.manifest import CheckpointState
 from megagpt.checkpoint.loader import CheckpointRefused
 from megagpt.checkpoint.saver import Checkpointer
@@ -25,6 +27,7 @@ from megagpt.config.command_line import config_to_dict
 from megagpt.data.samples.sampler import BatchSampler
 from megagpt.model.build import build_model
 from megagpt.model.gpt import count_parameters
+from megagpt.operations.hardware import device_name
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.batches import Batches
 from megagpt.training.engine import build_engine
@@ -67,6 +70,8 @@ def start(run: Run) -> Iterator[Session]:
     assert config.model.vocab_size is not None  # from the data's manifest
     if run.rank == 0:
         _write_resolved(run)
+    # First, and before minutes of building: over several hosts this one can fail by itself.
+    agreement = Agreement(timedelta(minutes=config.checkpoint.timeout_minutes))
     groups = ProcessGroups(run.resolved.topology)
     model = build_model(
         config.model,
@@ -87,6 +92,7 @@ def start(run: Run) -> Iterator[Session]:
         layout=run.resolved.layout,
         vocab_size=config.model.vocab_size,
         config=config.checkpoint,
+        agreement=agreement,
     )
     sampler = BatchSampler(
         global_batch_size=config.batch.global_batch_size,
@@ -101,6 +107,7 @@ def start(run: Run) -> Iterator[Session]:
         config.data,
         end_of_document=run.end_of_document,
         has_dropout=config.model.dropout > 0,
+        is_pinned=engine.device.type == "cuda",
     )
     try:
         state = _resume(run, checkpointer)
@@ -155,7 +162,7 @@ def _log_sizes(run: Run) -> None:
         f"{topology.world_size} (data {topology.data_parallel_size} x tensor "
         f"{topology.tensor_parallel_size}{sequence} x pipeline "
         f"{topology.pipeline_parallel_size}) | ZeRO stage: {run.resolved.layout.zero_stage} | "
-        f"precision: {config.training.precision}"
+        f"precision: {config.training.precision} | device: {device_name(_device(run))}"
     )
 
 

@@ -52,7 +52,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "disable_python_gc": True,
     },
     "predivide": {"gradient_predivide_factor": 2.0, "zero_optimization": {"reduce_scatter": False}},
-    "prescale": {"prescale_gradients": True},
+    "prescale": {"prescale_gradients": True, "zero_optimization": {"reduce_scatter": False}},
     "fetch": {
         "zero_optimization": {
             "overlap_comm": True,
@@ -85,11 +85,17 @@ KEYS: dict[str, dict[str, Any]] = {
         }
     },
     "immediate": {"bf16": {"immediate_grad_update": True, "check_grad_overflow": False}},
+    "scaler": {
+        "fp16": {"initial_scale_power": 10, "loss_scale_window": 5, "hysteresis": 1}
+        | {"consecutive_hysteresis": True, "min_loss_scale": 2, "auto_cast": False}
+    },
+    "fixed": {"fp16": {"loss_scale": 1024}},
     "pinned": {
         "zero_optimization": {
             "offload_param": {"pin_memory": False},
             "offload_optimizer": {"pin_memory": False, "cpuadam_cores_perc": 0.5},
-        }
+        },
+        "zero_force_ds_cpu_optimizer": False,
     },
     "swapping": {
         "zero_optimization": {
@@ -110,7 +116,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "comms_logger": {"enabled": True, "prof_all": True, "prof_ops": [], "verbose": False}
         | {"debug": False},
         "flops_profiler": {"enabled": True, "recompute_fwd_factor": 0.0, "profile_step": 2}
-        | {"module_depth": -1, "top_modules": 1, "detailed": False},
+        | {"module_depth": -1, "top_modules": 1, "detailed": False, "output_file": "/dev/null"},
     },
 }
 """Keys of the DeepSpeed JSON at other values than their own: the computation must not change."""
@@ -290,5 +296,7 @@ GPU_CELLS = (
     Cell("zero1", GPT2, "fp16"),
     Cell("zero2", LLAMA, "fp16", features=DOCUMENTS),
     Cell("zero3", LLAMA, "fp16"),
+    Cell("zero1", LLAMA, "fp16", features=("scaler",)),
+    Cell("zero2", GPT2, "fp16", features=("fixed",)),
 )
 """Those that no CPU can train, run by `make gpu-test` beside the others."""

@@ -25,10 +25,21 @@ def adam_step(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
+def count_of_steps(
+    optimizer: torch.optim.Optimizer, master: torch.Tensor, step: int = 0
+) -> int | torch.Tensor:
+    """A count as the optimizer keeps it beside a weight's moments: torch's is a tensor."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return torch.tensor(float(step), device=master.device)
+    return step
+
+
 def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Sets the count of every parameter that has state, and what the kernels keep."""
-    for state in optimizer.state.values():
-        state["step"] = step
+    for master, state in optimizer.state.items():
+        state["step"] = count_of_steps(optimizer, master, step)
+    if isinstance(optimizer, torch.optim.AdamW):
+        return
     for group in optimizer.param_groups:
         group["step"] = step
     for betas in {tuple(group["betas"]) for group in optimizer.param_groups}:

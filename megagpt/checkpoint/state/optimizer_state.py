@@ -25,7 +25,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megagpt.checkpoint.format.manifest import KINDS
-from megagpt.checkpoint.state.adam import adam_step, set_adam_step
+from megagpt.checkpoint.state.adam import adam_step, count_of_steps, set_adam_step
 
 _MOMENTS = KINDS[1:]
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -107,7 +107,7 @@ class OptimizerState(ABC):
         for kind in _MOMENTS:
             if kind not in state:
                 state[kind] = torch.zeros_like(master.data, dtype=torch.float32)
-        state.setdefault("step", 0)
+        state.setdefault("step", count_of_steps(self._adam, master))
         tensors = {"weight": master.data, **{kind: state[kind] for kind in _MOMENTS}}
         return [
             {kind: tensor.view(-1)[at : at + size] for kind, tensor in tensors.items()}

@@ -89,18 +89,18 @@ class HostCopy:
             position, size = position + found.numel(), size - found.numel()
 
 
-def random_states() -> dict[str, np.ndarray]:
-    """The states of torch's generators, by the names under which they are kept."""
+def random_states(device: torch.device) -> dict[str, np.ndarray]:
+    """The states of the CPU's and the device's generators, by the names of their records."""
     states = {_CPU: torch.get_rng_state().numpy()}
-    if torch.cuda.is_available():
-        states[_CUDA] = torch.cuda.get_rng_state().numpy()
+    if device.type == "cuda":
+        states[_CUDA] = torch.cuda.get_rng_state(device).numpy()
     return states
 
 
-def restore_random_states(read: Callable[[str], np.ndarray | None]) -> None:
+def restore_random_states(device: torch.device, read: Callable[[str], np.ndarray | None]) -> None:
     """Sets those that are kept; `read` gives what is kept under a name, None if nothing is."""
     cpu, cuda = read(_CPU), read(_CUDA)
     if cpu is not None:
         torch.set_rng_state(torch.from_numpy(cpu))
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.from_numpy(cuda))
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(torch.from_numpy(cuda), device)

@@ -54,7 +54,7 @@ class Figures:
             "data-wait-share": record.data_wait_seconds / seconds,
             "throughput": tflops,
             "tokens-per-second": result.num_tokens / seconds,
-            **memory_metrics(),
+            **memory_metrics(engine.device),
         }
         if self.config.peak_tflops is not None:
             values["mfu"] = tflops / self.config.peak_tflops

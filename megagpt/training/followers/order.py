@@ -14,6 +14,7 @@ from megagpt.training.followers.figures import Figures
 from megagpt.training.followers.finite import Finite
 from megagpt.training.followers.record import Follower
 from megagpt.training.followers.saving import Saving
+from megagpt.training.followers.startup import Startup
 from megagpt.training.followers.stopping import Stopping, StopSignal
 from megagpt.training.followers.summary import Summary
 from megagpt.training.followers.validation import Validation
@@ -37,6 +38,9 @@ def followers_of(
     weights_norm = partial(parameter_norm, session.engine, session.groups)
     saving = Saving(session.checkpointer, config.checkpoint, weights_norm)
     return (
+        Startup(
+            session.checkpointer.agreement, config.parallel.collective_timeout_minutes
+        ).after_step,
         Finite(session.engine).after_step,
         Figures(session, metrics, config.monitor, config.model, num_skipped).after_step,
         # gives the verdict that those after it read

@@ -75,7 +75,7 @@ class Stopping:
         late = limit is not None and dist.get_rank() == 0 and elapsed > limit
         is_told = self.stop_signal.received is not None
         flags = torch.tensor([late, is_told, self.checkpointer.has_failed], dtype=torch.int32)
-        if dist.get_backend() != "gloo":
+        if dist.get_backend() == "nccl":
             flags = flags.cuda()
         # all-reduce over the world: each rank's flags -> whether any rank has set them
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)

@@ -115,9 +115,17 @@ EXAMPLES = {
         facts(zero={"stage": 2, "stage3_max_live_parameters": 1}),
         ["stage3_max_live_parameters", "under stage 2"],
     ),
-    "ZeRO++": (
+    "zero_hpz_partition_size with tensor": (
         facts(zero={"stage": 3, "zero_hpz_partition_size": 2}, **{TP: 2}),
-        ["zero_hpz_partition_size"],
+        ["zero_hpz_partition_size=2", "tensor_parallel_size=2"],
+    ),
+    "zero_hpz_partition_size that does not divide": (
+        facts(zero={"stage": 3, "zero_hpz_partition_size": 3}),
+        ["zero_hpz_partition_size=3 on 8 ranks"],
+    ),
+    "divided before they are reduced": (
+        facts(zero={"stage": 2}, json={"gradient_predivide_factor": 2.0}),
+        ["gradient_predivide_factor", "stage 2"],
     ),
 }
 

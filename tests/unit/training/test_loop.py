@@ -72,8 +72,10 @@ def test_on_step_ends_the_run_before_anything_follows(session):
 
 
 def test_a_run_is_followed_in_this_order(session):
+    session.checkpointer = SimpleNamespace(agreement=None)
     followers = followers_of(session, SimpleNamespace(), SimpleNamespace())
     assert [f"{type(f.__self__).__name__}.{f.__name__}" for f in followers] == [
+        "Startup.after_step",
         "Finite.after_step",
         "Figures.after_step",
         "Stopping.after_step",

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import torch
+
 import pytest
 from steps import record
 
@@ -19,6 +21,7 @@ def follow(monkeypatch, config, records, *, loss_scale=None):
     logged = []
     metrics = SimpleNamespace(training=lambda *arguments: logged.append(arguments))
     engine = SimpleNamespace(
+        device=torch.device("cpu"),
         fp16_enabled=lambda: loss_scale is not None,
         optimizer=SimpleNamespace(loss_scale=loss_scale),
     )
