@@ -6,14 +6,18 @@ The folder is the run's own before each change, or nothing is changed. Next file
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import platform
+import zlib
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 import deepspeed
+import numpy as np
 import torch
 
 from megagpt import __version__
@@ -31,12 +35,11 @@ from megagpt.checkpoint.format.manifest import (
     CheckpointManifest,
     CheckpointState,
     Layout,
-    Piece,
-    TensorRecord,
     check_cover,
     read_links,
     write_manifest,
 )
+from megagpt.checkpoint.format.pieces import COLUMNS, TensorRecord, records_of
 from megagpt.checkpoint.format.shard_file import FileRecord
 from megagpt.checkpoint.format.slices import Slice
 from megagpt.checkpoint.owner import FolderTaken, Ownership, is_owned
@@ -46,12 +49,47 @@ logger = logging.getLogger("megagpt")
 
 
 class Shard(NamedTuple):
-    """What one rank has written."""
+    """What one rank has written, as small as it goes: rank 0 gets it from every rank."""
 
-    parts: list[tuple[str, tuple[int, ...], Slice]]
-    """(canonical name, shape of the whole tensor, which part of it)."""
+    tensors: bytes
+    """Compressed JSON: name and shape of the whole tensor, of each part; mostly the same for all
+    ranks."""
+    slices: bytes
+    """Compressed array [parts, 6] of int64: rows, columns, start and end."""
     files: dict[str, FileRecord]
     """By name."""
+
+    @staticmethod
+    def of(
+        parts: Iterable[tuple[str, tuple[int, ...], Slice]], files: dict[str, FileRecord]
+    ) -> Shard:
+        """Of (canonical name, shape of the whole tensor, which part of it) and the files."""
+        parts = list(parts)
+        tensors = json.dumps([[name, shape] for name, shape, _ in parts]).encode()
+        rows = [(*part.rows, *part.columns, part.start, part.end) for _, _, part in parts]
+        slices = np.array(rows, dtype=np.int64).tobytes()
+        return Shard(zlib.compress(tensors, 1), zlib.compress(slices, 1), files)
+
+
+def tensors_of(shards: Iterable[Shard]) -> dict[str, TensorRecord]:
+    """What shards hold together, by name; not yet checked for being whole."""
+    numbers: dict[str, int] = {}
+    shapes: list[tuple[int, ...]] = []
+    known: dict[bytes, list[int]] = {}  # by the list as it was sent
+    tables = []
+    for number, shard in enumerate(shards):
+        if shard.tensors not in known:
+            own = known[shard.tensors] = []
+            for name, shape in json.loads(zlib.decompress(shard.tensors)):
+                if name not in numbers:
+                    numbers[name] = len(shapes)
+                    shapes.append(tuple(shape))
+                own.append(numbers[name])
+        slices = np.frombuffer(zlib.decompress(shard.slices), dtype=np.int64).reshape(-1, 6)
+        table = np.empty((len(slices), len(COLUMNS)), dtype=np.int64)
+        table[:, 0], table[:, 1:-1], table[:, -1] = known[shard.tensors], slices, number
+        tables.append(table)
+    return dict(zip(numbers, records_of(shapes, np.concatenate(tables)), strict=True))
 
 
 class Committer:
@@ -121,13 +159,10 @@ class Committer:
         self._remove_old_steps()
 
     def _manifest(self, state: CheckpointState, shards: list[Shard]) -> CheckpointManifest:
-        pieces: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
         files: dict[str, FileRecord] = {}
-        for number, shard in enumerate(shards):
+        for shard in shards:
             files |= shard.files
-            for name, shape, part in shard.parts:
-                pieces.setdefault(name, (shape, []))[1].append(Piece(number, part))
-        tensors = {name: TensorRecord(shape, tuple(all_)) for name, (shape, all_) in pieces.items()}
+        tensors = tensors_of(shards)
         check_cover(tensors)
         return CheckpointManifest(
             state=state,

@@ -23,9 +23,9 @@ from megagpt.checkpoint.format.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     Layout,
-    TensorRecord,
     read_manifest,
 )
+from megagpt.checkpoint.format.pieces import TensorRecord
 
 _ELEMENT_BYTES = 4
 

@@ -11,14 +11,17 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from megagpt.checkpoint.format.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
+    CheckpointState,
     read_links,
     read_manifest,
+    read_state,
 )
 from megagpt.checkpoint.format.shard_file import DamagedCheckpoint
 from megagpt.checkpoint.owner import OWNER_FILE
@@ -26,6 +29,7 @@ from megagpt.files import encode_json, sync_directory, write_atomically
 
 logger = logging.getLogger("megagpt")
 
+_T = TypeVar("_T")
 LATEST_FILE = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
 _REPLACED = ".replaced_"
@@ -96,10 +100,23 @@ def newest_readable(path: Path) -> CheckpointManifest:
     Raises:
         ValueError: If there is none; the last one's damage, if all are damaged.
     """
+    return _first_sound(path, read_manifest)
+
+
+def newest_state(path: Path) -> CheckpointState:
+    """The state in it, read from its first lines alone; damage behind them is not seen.
+
+    Raises:
+        As `newest_readable`.
+    """
+    return _first_sound(path, read_state)
+
+
+def _first_sound(path: Path, read: Callable[[Path], _T]) -> _T:
     error: DamagedCheckpoint | None = None
     for directory in find_checkpoints(path):
         try:
-            return read_manifest(directory)
+            return read(directory)
         except DamagedCheckpoint as caught:
             error = caught
     assert error is not None

@@ -144,11 +144,11 @@ def _read_part(reader: CheckpointReader, part: Part, tensors: dict[str, torch.Te
         targets = {kind: tensor.detach().numpy() for kind, tensor in tensors.items()}
         reader.read_into(part.name, part.slice, targets)
         return
-    for kind, tensor in tensors.items():
-        for begin in range(0, part.slice.size, _CHUNK_ELEMENTS):
-            end = min(begin + _CHUNK_ELEMENTS, part.slice.size)
-            first = part.slice.start
-            chunk = dataclasses.replace(part.slice, start=first + begin, end=first + end)
-            values = np.empty(chunk.size, np.float32)
-            reader.read_into(part.name, chunk, {kind: values})
-            tensor[begin:end].copy_(torch.from_numpy(values))
+    for begin in range(0, part.slice.size, _CHUNK_ELEMENTS):
+        end = min(begin + _CHUNK_ELEMENTS, part.slice.size)
+        first = part.slice.start
+        chunk = dataclasses.replace(part.slice, start=first + begin, end=first + end)
+        values = {kind: np.empty(chunk.size, np.float32) for kind in tensors}
+        reader.read_into(part.name, chunk, values)
+        for kind, tensor in tensors.items():
+            tensor[begin:end].copy_(torch.from_numpy(values[kind]))

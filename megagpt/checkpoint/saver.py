@@ -190,8 +190,8 @@ class Checkpointer:
 
         self._together(stage, staging)
         files = self._together(lambda: self._write_files(staging, extras, tensors), staging)
-        parts = [(part.name, part.shape, part.piece) for part in owned_parts(self._parts)]
-        shards = self.agreement.gather(Shard(parts, files))
+        parts = ((part.name, part.shape, part.piece) for part in owned_parts(self._parts))
+        shards = self.agreement.gather(Shard.of(parts, files))
         self._together(commit, staging)
 
     def _write_files(

@@ -102,7 +102,7 @@ def _inspect_step(options: argparse.Namespace) -> None:
     for name, record in largest_tensors(manifest, options.tensors):
         print(
             f"tensor: {name} {list(record.shape)}, {record.num_elements:,} elements in "
-            f"{len(record.pieces)} pieces"
+            f"{record.num_pieces} pieces"
         )
     for name in stray_files(options.path, manifest):
         print(f"stray: {name}, which nothing reads")

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 import megagpt
-from megagpt.checkpoint.directory import find_checkpoint, newest_readable
+from megagpt.checkpoint.directory import find_checkpoint, newest_state
 from megagpt.checkpoint.format.manifest import MANIFEST_FILE
 from megagpt.data.indexed.manifest import read_manifest
 from megagpt.data.preprocessing.documents import read_documents
@@ -171,7 +171,7 @@ def pair_is_whole(split: str) -> bool:
 def checkpoint_step() -> int:
     """Steps of the newest whole checkpoint of the run; 0 without one."""
     try:
-        return newest_readable(RUN).state.step
+        return newest_state(RUN).step
     except ValueError:
         return 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoint.directory import newest_readable
+from megagpt.checkpoint.directory import newest_state
 from megagpt.checkpoint.huggingface.convert import WeightType, export_checkpoint
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -48,7 +48,7 @@ def export(
     files: dict[str, bytes] = {}
     eod, note = None, "without a tokenizer"
     if tokenizer_path != "none":
-        config = newest_readable(checkpoint).state.config
+        config = newest_state(checkpoint).config
         tokenizer = open_tokenizer(config, tokenizer_path)
         eod = tokenizer.eod
         files, note = tokenizer_files(tokenizer, model_max_length=config.model.seq_length)

@@ -55,16 +55,18 @@ def pretrain(arguments: list[str], on_step: OnStep | None = None) -> int:
         config, ds_config, sources = parse_config(_demo_by_default(arguments))
         device = _prepare_process()
         # Imported here: they take seconds, which --help and a wrong flag should not.
-        from megagpt.training.run import prepare_run, resolve_run
+        from megagpt.training.run import prepare_run, resolve_run, with_start_of_rank_0
 
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         resolved = resolve_run(config, ds_config, sources=sources, world_size=size, device=device)
-        run = prepare_run(resolved, rank=rank)
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        run = prepare_run(resolved, rank=rank, is_first_of_host=is_first)
     with _process_group(device, config.parallel.startup_timeout_minutes):
         from megagpt.training.followers.stopping import is_finished
         from megagpt.training.loop import loop
         from megagpt.training.start import start
 
+        run = with_start_of_rank_0(run)
         run.announce()
         training = run.config.training
         if is_finished(training, run.state):

@@ -14,7 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagpt.checkpoint.directory import complete_steps, newest_readable
+import torch.distributed as dist
+
+from megagpt.checkpoint.directory import complete_steps, newest_state
 from megagpt.checkpoint.format.manifest import CheckpointState, Layout
 from megagpt.checkpoint.same_run import refuse_other_run
 from megagpt.config.deepspeed_config import (
@@ -135,12 +137,14 @@ def resolve_run(
     return ResolvedRun(config, resolved, sources, topology, layout, device)
 
 
-def prepare_run(resolved: ResolvedRun, *, rank: int) -> Run:
+def prepare_run(resolved: ResolvedRun, *, rank: int, is_first_of_host: bool = True) -> Run:
     """Checks everything else that can be found wrong without the other ranks.
 
     Args:
         resolved: What the configuration decides.
         rank: Of this process.
+        is_first_of_host: Whether it looks at the run folder and what is to be resumed; the others
+            of a host need not all do the same, and are told by `with_start_of_rank_0`.
 
     Raises:
         ValueError: For anything that a user can mend.
@@ -179,9 +183,11 @@ def prepare_run(resolved: ResolvedRun, *, rank: int) -> Run:
     if manifest is None:
         _refuse_masking(config.data)
     warnings += _evaluation_warnings(config, datasets)
-    load_path = _load_path(config)
-    if load_path is not None:
-        state, _ = continued(newest_readable(load_path).state, fresh)
+    load_path = None
+    if is_first_of_host:
+        load_path = _load_path(config)
+        if load_path is not None:
+            state, _ = continued(newest_state(load_path), fresh)
     run = Run(
         dataclasses.replace(resolved, config=config),
         rank=rank,
@@ -192,8 +198,18 @@ def prepare_run(resolved: ResolvedRun, *, rank: int) -> Run:
         state=state,
         warnings=tuple(warnings),
     )
-    _require_writable(run.directory)
+    if is_first_of_host:
+        _require_writable(run.directory)
     return run
+
+
+def with_start_of_rank_0(run: Run) -> Run:
+    """The run from where rank 0 begins it, so that all begin at one step; a collective."""
+    box = [(run.load_path, run.state)]
+    # broadcast from rank 0 over the world
+    dist.broadcast_object_list(box, src=0)
+    load_path, state = box[0]
+    return dataclasses.replace(run, load_path=load_path, state=state)
 
 
 def continued(saved: CheckpointState, asked: CheckpointState) -> tuple[CheckpointState, list[str]]:

@@ -28,7 +28,7 @@ from megagpt.checkpoint.directory import (
     LATEST_FILE,
     complete_steps,
     find_checkpoint,
-    newest_readable,
+    newest_state,
 )
 from megagpt.checkpoint.format.manifest import KINDS
 from megagpt.checkpoint.format.reader import CheckpointReader, verify_checkpoint
@@ -180,7 +180,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def newest_step(run: Path) -> int:
     """The step that a resume takes."""
-    return newest_readable(run).state.step
+    return newest_state(run).step
 
 
 def check_intact(findings: Findings, run: Path, reference: dict[int, str], name: str) -> int:

@@ -28,6 +28,7 @@ from megagpt.checkpoint.format.manifest import (
     weights_file,
     write_manifest,
 )
+from megagpt.checkpoint.format.pieces import TensorRecord
 from megagpt.checkpoint.format.reader import CheckpointReader, verify_checkpoint
 
 _NEXT = (*EVERY_STEP, "--training.exit_step", str(BASE_STEPS + 1))
@@ -250,7 +251,7 @@ def other_content(bench: Bench, findings: Findings) -> str:
     changed = {
         "a tensor missing": {n: r for n, r in manifest.tensors.items() if n != names[1]},
         "a piece missing": dict(manifest.tensors)
-        | {split: dataclasses.replace(record, pieces=record.pieces[1:])},
+        | {split: TensorRecord.of(record.shape, record.pieces[1:])},
         "a tensor of another name": {
             (f"x.{n}" if n == names[1] else n): r for n, r in manifest.tensors.items()
         },

@@ -14,13 +14,12 @@ from megagpt.checkpoint.format.manifest import (
     CheckpointManifest,
     CheckpointState,
     Layout,
-    Piece,
-    TensorRecord,
     optimizer_file,
     tensor_key,
     weights_file,
     write_manifest,
 )
+from megagpt.checkpoint.format.pieces import Piece, TensorRecord
 from megagpt.checkpoint.format.shard_file import ShardWriter
 from megagpt.checkpoint.format.slices import local_slice
 from megagpt.config.schema import Config, ModelConfig
@@ -82,7 +81,7 @@ def write_checkpoint(
             if part is None:
                 continue
             before = records[name].pieces if name in records else ()
-            records[name] = TensorRecord(shape, (*before, Piece(shard, part)))
+            records[name] = TensorRecord.of(shape, (*before, Piece(shard, part)))
             for kind in KINDS:
                 in_optimizer, key = tensor_key(kind, name)
                 box = values[kind, name].reshape(shape[0], -1)

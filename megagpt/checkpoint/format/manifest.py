@@ -10,34 +10,39 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megagpt.checkpoint.format.pieces import Box, Piece, Run, TensorRecord
 from megagpt.checkpoint.format.shard_file import (
     BLOCK_BYTES,
     HASHES,
     DamagedCheckpoint,
     FileRecord,
 )
-from megagpt.checkpoint.format.slices import Slice, is_partition
+from megagpt.checkpoint.format.slices import Slice
 from megagpt.config.command_line import config_from_dict
 from megagpt.config.schema import Config
 from megagpt.files import write_atomically
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2
-_READABLE = (1, 2)
-"""In 1 all hashes were SHA-256; those of blocks have their name beside them, in 1 too."""
+FORMAT = 3
+_READABLE = (1, 2, 3)
+"""In 1 all hashes were SHA-256; those of blocks have their name beside them, in 1 too. In 1 and 2
+each piece of a tensor stood by itself, and the head had no hash of its own."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """What is kept of a parameter: the fp32 master weight and Adam's two moments."""
 
 _DIGEST_KEY = '"sha256": "'
+_HEAD_DIGEST_KEY = '"head_sha256": "'
 _NO_DIGEST = "0" * 64
-_HEAD_LINES = 6
+_LINK_LINES = 7
 """Within these stand the keys of `Links`."""
+_HEAD_END = ' "tensors": {\n'
+"""The line that follows the head; what stands before it does not grow with ranks or parameters."""
 _MAX_LINE_BYTES = 4 << 20
 
 
@@ -99,31 +104,6 @@ class CheckpointState:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a tensor in the files of one shard."""
-
-    shard: int
-    """The rank that wrote it, and the number in the names of its files."""
-    slice: Slice
-    """Which part."""
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A parameter: the same pieces for its weight and its moments."""
-
-    shape: tuple[int, ...]
-    """Of the whole tensor, without the padding of the vocabulary."""
-    pieces: tuple[Piece, ...]
-    """In the order of the shards; together they are the tensor, each element once."""
-
-    @property
-    def num_elements(self) -> int:
-        """Of the whole tensor."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class CheckpointManifest:
     """All that a reader needs to know of a checkpoint."""
 
@@ -150,6 +130,9 @@ class CheckpointManifest:
 def write_manifest(directory: Path, manifest: CheckpointManifest) -> str:
     """Writes the manifest, whole or not at all; returns its hash."""
     text = _encode(manifest)
+    head = text[: text.index(_HEAD_END)]
+    head_digest = hashlib.sha256(head.encode()).hexdigest()
+    text = text.replace(_HEAD_DIGEST_KEY + _NO_DIGEST, _HEAD_DIGEST_KEY + head_digest, 1)
     digest = hashlib.sha256(text.encode()).hexdigest()
     text = text.replace(_DIGEST_KEY + _NO_DIGEST, _DIGEST_KEY + digest, 1)
     write_atomically(directory / MANIFEST_FILE, text.encode())
@@ -164,28 +147,59 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         ValueError: If there is none, or a newer version wrote it.
     """
     path = directory / MANIFEST_FILE
+    with _told(path):
+        values = _verified(path.read_bytes(), path)
+        _require_readable(values, path)
+        return _decode(values)
+
+
+def read_state(directory: Path) -> CheckpointState:
+    """The state in the manifest of a step folder, from its first lines where they have a hash.
+
+    Raises:
+        As `read_manifest`; damage behind those lines is not seen.
+    """
+    path = directory / MANIFEST_FILE
+    with _told(path):
+        lines = []
+        with path.open("rb") as file:
+            while (line := file.readline(_MAX_LINE_BYTES)) and line != _HEAD_END.encode():
+                lines.append(line)
+        head = b"".join(lines)
+        if b'"head_sha256": ' not in head:
+            return read_manifest(directory).state  # of format 1 or 2, or damaged
+        values = _verified_head(head, path)
+        _require_readable(values, path)
+        return _decode_state(values)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Errors of reading a manifest, in words."""
     try:
-        content = path.read_bytes()
+        yield
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{directory} holds no complete checkpoint ({MANIFEST_FILE} is missing); name a "
+            f"{path.parent} holds no complete checkpoint ({MANIFEST_FILE} is missing); name a "
             "step_* folder or a run folder that has one"
         ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    values = _verified(content, path)
-    version = values.get("format")
-    if version not in _READABLE:
-        raise ValueError(
-            f"{path} has format {version}, this version of megagpt reads "
-            f"{' and '.join(map(str, _READABLE))}; use the version that wrote it"
-        )
-    try:
-        return _decode(values)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        is_told = str(path.parent) in str(error)
+        raise error if is_told else ValueError(f"{path}: {error}") from None
+
+
+def _require_readable(values: dict[str, Any], path: Path) -> None:
+    version = values.get("format")
+    if version not in _READABLE:
+        *others, last = map(str, _READABLE)
+        raise ValueError(
+            f"{path} has format {version}, this version of megagpt reads {', '.join(others)} and "
+            f"{last}; use the version that wrote it"
+        )
 
 
 class Links(NamedTuple):
@@ -205,7 +219,7 @@ def read_links(directory: Path) -> Links | None:
     values: dict[str, Any] = {}
     try:
         with (directory / MANIFEST_FILE).open("rb") as file:
-            for _ in range(_HEAD_LINES):
+            for _ in range(_LINK_LINES):
                 text = file.readline(_MAX_LINE_BYTES).decode().strip("{, \n")
                 values |= json.loads(f"{{{text}}}")
         return _decode_links(values)
@@ -227,11 +241,26 @@ def _verified(content: bytes, path: Path) -> dict[str, Any]:
     return values
 
 
+def _verified_head(head: bytes, path: Path) -> dict[str, Any]:
+    """The JSON of the head, if the hash of the head is its own."""
+    try:
+        values = json.loads(head.decode().rstrip(", \n") + "}")
+        text = head.decode()
+        for key in ("sha256", "head_sha256"):
+            text = text.replace(f'"{key}": "{values[key]}', f'"{key}": "{_NO_DIGEST}', 1)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedCheckpoint(f"{path} is damaged: it is not a manifest") from None
+    if hashlib.sha256(text.encode()).hexdigest() != values["head_sha256"]:
+        raise DamagedCheckpoint(f"{path} is damaged: its head has not the hash that it names")
+    return values
+
+
 def _encode(manifest: CheckpointManifest) -> str:
     """One line for each tensor and file, so that a person can read it."""
     head = {
         "format": FORMAT,
         "sha256": _NO_DIGEST,
+        "head_sha256": _NO_DIGEST,
         "created": manifest.created,
         "previous": manifest.previous,
         "line": manifest.line,
@@ -244,7 +273,9 @@ def _encode(manifest: CheckpointManifest) -> str:
         name: {
             "shape": record.shape,
             "dtype": "F32",
-            "pieces": [{"shard": p.shard, **dataclasses.asdict(p.slice)} for p in record.pieces],
+            "boxes": [
+                {"rows": box.rows, "columns": box.columns, "runs": box.runs} for box in record.boxes
+            ],
         }
         for name, record in manifest.tensors.items()
     }
@@ -262,25 +293,29 @@ def _encode(manifest: CheckpointManifest) -> str:
 def _decode(values: dict[str, Any]) -> CheckpointManifest:
     if values["block_bytes"] != BLOCK_BYTES:
         raise KeyError(f"block_bytes {values['block_bytes']}")
-    state, layout = dict(values["state"]), Layout(**values["layout"])
-    for key in ("step", "consumed_samples", "consumed_tokens", "adam_step"):
-        _whole_number(state[key])
+    layout = Layout(**values["layout"])
     for size in (layout.world_size, layout.tensor_parallel_size, layout.pipeline_parallel_size):
         _whole_number(size, least=1)
-    state["config"] = config_from_dict(state["config"])
     tensors = {name: _decode_tensor(entry) for name, entry in values["tensors"].items()}
     check_cover(tensors)
     for name in values["files"]:
         if Path(name).name != name:
             raise KeyError(f"{name} is not the name of a file")
     return CheckpointManifest(
-        state=CheckpointState(**state),
+        state=_decode_state(values),
         layout=layout,
         tensors=tensors,
         files={name: _decode_file(entry) for name, entry in values["files"].items()},
         versions=values["versions"],
         **_decode_links(values)._asdict(),
     )
+
+
+def _decode_state(values: dict[str, Any]) -> CheckpointState:
+    state = dict(values["state"])
+    for key in ("step", "consumed_samples", "consumed_tokens", "adam_step"):
+        _whole_number(state[key])
+    return CheckpointState(**state | {"config": config_from_dict(state["config"])})
 
 
 def _decode_links(values: dict[str, Any]) -> Links:
@@ -290,15 +325,29 @@ def _decode_links(values: dict[str, Any]) -> Links:
 
 
 def _decode_tensor(entry: dict[str, Any]) -> TensorRecord:
-    pieces = []
-    for p in entry["pieces"]:
-        rows, columns = _pair(p["rows"]), _pair(p["columns"])
-        part = Slice(rows, columns, _whole_number(p["start"]), _whole_number(p["end"]))
-        pieces.append(Piece(_whole_number(p["shard"]), part))
     shape = tuple(_whole_number(size) for size in entry["shape"])
     if not 1 <= len(shape) <= 2 or entry["dtype"] != "F32":
         raise TypeError(f"shape {list(shape)} of {entry['dtype']}")
-    return TensorRecord(shape, tuple(pieces))
+    if "pieces" in entry:  # of format 1 or 2
+        return TensorRecord.of(shape, map(_decode_piece, entry["pieces"]))
+    boxes = (
+        Box(_pair(box["rows"]), _pair(box["columns"]), tuple(map(_decode_run, box["runs"])))
+        for box in entry["boxes"]
+    )
+    return TensorRecord(shape, tuple(boxes))
+
+
+def _decode_run(values: list[int]) -> Run:
+    start, size, count, shard, step = map(_whole_number, values)
+    return Run(start, _whole_number(size, least=1), _whole_number(count, least=1), shard, step)
+
+
+def _decode_piece(values: dict[str, Any]) -> Piece:
+    rows, columns = _pair(values["rows"]), _pair(values["columns"])
+    start, end = _whole_number(values["start"]), _whole_number(values["end"])
+    if end >= 1 << 48:
+        raise TypeError(f"{end} is beyond any tensor")
+    return Piece(_whole_number(values["shard"]), Slice(rows, columns, start, end))
 
 
 def _decode_file(entry: dict[str, Any]) -> FileRecord:
@@ -326,5 +375,5 @@ def check_cover(tensors: Mapping[str, TensorRecord]) -> None:
         ValueError: With the first tensor that they do not make up.
     """
     for name, record in tensors.items():
-        if not is_partition(record.shape, (piece.slice for piece in record.pieces)):
+        if not record.is_whole:
             raise ValueError(f"the pieces of {name} do not hold each of its elements once")

@@ -81,7 +81,7 @@ class CheckpointReader:
         if record is None:
             raise ValueError(f"{self.directory} has no {name}; it is of another model")
         found = 0
-        for piece in record.pieces:
+        for piece in record.meeting(part):
             for overlap in overlaps(part, piece.slice):
                 found += overlap.size
                 for kind, target in targets.items():

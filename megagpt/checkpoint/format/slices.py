@@ -6,14 +6,13 @@ Next file: `shard_file.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 
-_Box = tuple[tuple[int, int], tuple[int, int]]  # rows, columns
+Box = tuple[tuple[int, int], tuple[int, int]]  # rows, columns
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,11 @@ class Slice:
     def is_whole_box(self) -> bool:
         """Whether nothing of the box is left out."""
         return self.size == (self.rows[1] - self.rows[0]) * self.width
+
+    @property
+    def row_range(self) -> tuple[int, int]:
+        """First row of the tensor that it has elements of, and one past the last."""
+        return self.rows[0] + self.start // self.width, self.rows[0] + -(-self.end // self.width)
 
     def rectangles(self) -> list[_Rectangle]:
         """The slice as at most three rectangles: a part of a row, whole rows, a part of a row."""
@@ -128,7 +132,7 @@ class Overlap(NamedTuple):
 
 def overlaps(target: Slice, source: Slice) -> list[Overlap]:
     """What two slices of one tensor share, as rectangles."""
-    if not _meet((target.rows, target.columns), (source.rows, source.columns)):
+    if not boxes_meet((target.rows, target.columns), (source.rows, source.columns)):
         return []
     shared = []
     for a in target.rectangles():
@@ -159,30 +163,8 @@ def whole(shape: tuple[int, ...]) -> Slice:
     return Slice((0, num_rows), (0, num_columns), 0, num_rows * num_columns)
 
 
-def is_partition(shape: tuple[int, ...], parts: Iterable[Slice]) -> bool:
-    """Whether slices lie within a tensor and hold each of its elements once."""
-    tensor = whole(shape)
-    ranges: dict[_Box, list[tuple[int, int]]] = {}
-    for part in parts:
-        ranges.setdefault((part.rows, part.columns), []).append((part.start, part.end))
-    covered = 0
-    for (rows, columns), held in ranges.items():
-        if not (0 <= rows[0] < rows[1] <= tensor.rows[1]):
-            return False
-        if not (0 <= columns[0] < columns[1] <= tensor.columns[1]):
-            return False
-        size, position = (rows[1] - rows[0]) * (columns[1] - columns[0]), 0
-        for start, end in sorted(held):
-            if start != position or end <= start:
-                return False
-            position = end
-        if position != size:
-            return False
-        covered += size
-    return covered == tensor.size and not any(_meet(a, b) for a, b in combinations(ranges, 2))
-
-
-def _meet(first: _Box, second: _Box) -> bool:
+def boxes_meet(first: Box, second: Box) -> bool:
+    """Whether two boxes, (rows, columns), share elements."""
     return all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(first, second, strict=True))
 
 

@@ -23,13 +23,12 @@ from megagpt.checkpoint.format.manifest import (
     CheckpointManifest,
     CheckpointState,
     Layout,
-    Piece,
-    TensorRecord,
     optimizer_file,
     tensor_key,
     weights_file,
     write_manifest,
 )
+from megagpt.checkpoint.format.pieces import Piece, TensorRecord
 from megagpt.checkpoint.format.reader import CheckpointReader
 from megagpt.checkpoint.format.shard_file import FileRecord, ShardWriter
 from megagpt.checkpoint.format.slices import whole
@@ -278,7 +277,7 @@ def _write_step(
     manifest = CheckpointManifest(
         state=state,
         layout=Layout(world_size=1),
-        tensors={n: TensorRecord(s, (Piece(0, whole(s)),)) for n, s in shapes.items()},
+        tensors={n: TensorRecord.of(s, [Piece(0, whole(s))]) for n, s in shapes.items()},
         files={
             weights_file(0): _write_values(step / weights_file(0), shapes, read),
             optimizer_file(0): _write_values(step / optimizer_file(0), moments, zeros),

@@ -12,12 +12,12 @@ from megagpt.checkpoint.format.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     Layout,
-    Piece,
-    TensorRecord,
     read_links,
     read_manifest,
+    read_state,
     write_manifest,
 )
+from megagpt.checkpoint.format.pieces import Piece, TensorRecord
 from megagpt.checkpoint.format.shard_file import DamagedCheckpoint, FileRecord
 from megagpt.checkpoint.format.slices import Slice
 from megagpt.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
@@ -36,7 +36,7 @@ def manifest(make_state):
             config=config, tokenizer_sha256="ab" * 32, loss_scaler={"cur_scale": 2.0**16}
         ),
         layout=Layout(4, 2, 1, 1, "cpu"),
-        tensors={"a.weight": TensorRecord((3, 4), tuple(pieces))},
+        tensors={"a.weight": TensorRecord.of((3, 4), tuple(pieces))},
         files={"weights-00000.safetensors": FileRecord(1 << 40, ("cd" * 16, "ef" * 16))},
         versions={"megagpt": "0.1", "torch": "2"},
         created="2030-01-01T00:00:00+00:00",
@@ -71,6 +71,23 @@ def test_links_are_read_from_the_first_lines_alone(tmp_path, manifest):
         assert read_links(tmp_path) is None
     path.unlink()
     assert read_links(tmp_path) is None
+
+
+def test_the_state_is_read_from_the_head_alone(tmp_path, manifest):
+    write_manifest(tmp_path, manifest)
+    path = tmp_path / MANIFEST_FILE
+    content = path.read_bytes()
+    head = content.index(b' "tensors"')
+    path.write_bytes(content[: head + 20])
+    assert read_state(tmp_path) == manifest.state
+    # The hash of the whole stands in the head, and that of the head cannot hold it.
+    whole = content.index(b'"sha256": "') + len('"sha256": "')
+    for position in {*range(head)} - {*range(whole, whole + 64)}:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(DamagedCheckpoint):
+            read_state(tmp_path)
 
 
 def test_hash_is_that_of_the_text_with_zeros_in_its_place(tmp_path, manifest):
@@ -117,9 +134,25 @@ def test_folder_without_a_manifest_is_told(tmp_path):
 
 def test_newer_format_is_refused_with_the_remedy(tmp_path, manifest, seal_manifest):
     write_manifest(tmp_path, manifest)
-    seal_manifest(tmp_path, {**values_of(tmp_path), "format": 3, "tensors": "of another kind"})
-    with pytest.raises(ValueError, match="has format 3, .* reads 1 and 2; use the version"):
+    seal_manifest(tmp_path, {**values_of(tmp_path), "format": 4, "tensors": "of another kind"})
+    with pytest.raises(ValueError, match="has format 4, .* reads 1, 2 and 3; use the version"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_formats_of_before_are_read(tmp_path, manifest, seal_manifest, version):
+    write_manifest(tmp_path, manifest)
+    values = values_of(tmp_path) | {"format": version}
+    del values["head_sha256"]
+    values["tensors"]["a.weight"]["pieces"] = [
+        {"shard": p.shard, **dataclasses.asdict(p.slice)}
+        for p in manifest.tensors["a.weight"].pieces
+    ]
+    del values["tensors"]["a.weight"]["boxes"]
+    seal_manifest(tmp_path, values)
+    read = read_manifest(tmp_path)
+    assert dataclasses.replace(read, sha256="") == manifest
+    assert read_state(tmp_path) == manifest.state
 
 
 def test_sealing_alone_is_no_damage(tmp_path, manifest, seal_manifest):
@@ -129,7 +162,8 @@ def test_sealing_alone_is_no_damage(tmp_path, manifest, seal_manifest):
     assert dataclasses.replace(read, sha256="") == manifest
 
 
-_PIECE = ("tensors", "a.weight", "pieces", 0)
+_BOX = ("tensors", "a.weight", "boxes", 0)
+_RUN = (*_BOX, "runs", 0)
 _FILE = ("files", "weights-00000.safetensors")
 
 
@@ -142,17 +176,23 @@ _FILE = ("files", "weights-00000.safetensors")
         (("tensors", "a.weight", "shape"), [3, 5]),
         (("tensors", "a.weight", "shape"), [-3, -4]),
         (("tensors", "a.weight", "dtype"), "BF16"),
-        (("tensors", "a.weight", "pieces"), []),
-        ((*_PIECE, "shard"), "../0"),
-        ((*_PIECE, "shard"), -1),
-        ((*_PIECE, "rows"), [0]),
-        ((*_PIECE, "rows"), [2, 0]),
-        ((*_PIECE, "rows"), [1, 3]),
-        ((*_PIECE, "columns"), [0, 1e9]),
-        ((*_PIECE, "start"), -4),
-        ((*_PIECE, "start"), True),
-        ((*_PIECE, "end"), 1 << 60),
-        ((*_PIECE, "end"), 8.0),
+        (("tensors", "a.weight", "boxes"), []),
+        ((*_BOX, "runs"), []),
+        ((*_BOX, "rows"), [0]),
+        ((*_BOX, "rows"), [2, 0]),
+        ((*_BOX, "rows"), [1, 3]),
+        ((*_BOX, "columns"), [0, 1e9]),
+        (_RUN, [0, 8, 1, "../0", 1]),
+        (_RUN, [0, 8, 1, -1, 1]),
+        (_RUN, [-4, 8, 1, 0, 1]),
+        (_RUN, [True, 8, 1, 0, 1]),
+        (_RUN, [0, 1 << 60, 1, 0, 1]),
+        (_RUN, [0, 8.0, 1, 0, 1]),
+        (_RUN, [0, 0, 1, 0, 1]),
+        (_RUN, [0, 8, 0, 0, 1]),
+        (_RUN, [0, 8, 1 << 60, 0, 1]),
+        (_RUN, [0, 8, 1, 0, -1]),
+        (_RUN, [0, 8, 1, 0]),
         ((*_FILE, "bytes"), -1),
         ((*_FILE, "bytes"), "1"),
         ((*_FILE, "block_xxh3_128"), None),

@@ -1,6 +1,7 @@
 """A slice filled from any partition of the tensor is what numpy's indexing gives."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.checkpoint.format.slices import Slice, is_partition, local_slice, overlaps, whole
+from megagpt.checkpoint.format.pieces import Piece, TensorRecord
+from megagpt.checkpoint.format.slices import Slice, local_slice, overlaps, whole
+
+
+def is_partition(shape, parts):
+    return TensorRecord.of(shape, map(Piece, itertools.count(), parts)).is_whole
 
 
 @st.composite

@@ -20,12 +20,11 @@ from megagpt.checkpoint.format.manifest import (
     CheckpointManifest,
     CheckpointState,
     Layout,
-    Piece,
-    TensorRecord,
     optimizer_file,
     weights_file,
     write_manifest,
 )
+from megagpt.checkpoint.format.pieces import Piece, TensorRecord
 from megagpt.checkpoint.format.shard_file import ShardWriter
 from megagpt.checkpoint.format.slices import Slice
 from megagpt.checkpoint.huggingface.names import parameter_shapes
@@ -160,7 +159,7 @@ def write_checkpoint(run, config, weights):
             files[file] = writer.close()
     for name, cuts in pieces.items():
         parts = tuple(Piece(shard, part) for shard, part in enumerate(cuts))
-        records[name] = TensorRecord(weights[name].shape, parts)
+        records[name] = TensorRecord.of(weights[name].shape, parts)
     state = CheckpointState(7, 56, 728, Config(model=config), {})
     write_manifest(step, CheckpointManifest(state, Layout(3), records, files, {}))
     return step

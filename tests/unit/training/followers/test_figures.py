@@ -2,9 +2,8 @@
 
 from types import SimpleNamespace
 
-import torch
-
 import pytest
+import torch
 from steps import record
 
 from megagpt.config.schema import ModelConfig, MonitorConfig
