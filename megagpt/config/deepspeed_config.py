@@ -22,6 +22,9 @@ DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """Used when no JSON is named: the least ZeRO that trains in every precision."""
 
 
+_SMALLEST_BUCKET = 50_000_000
+
+
 @dataclass(frozen=True)
 class ResolvedDeepSpeedConfig:
     """What `deepspeed.initialize` is given, and where each value came from."""
@@ -102,6 +105,8 @@ def resolve_ds_config(
     _fill_precision(resolver, config)
     _fill_optimizer(resolver, config)
     _fill_zero(resolver, config)
+    # On by default, it waits for the device twice a micro-batch (0.19.8, `ThroughputTimer`).
+    resolver.fill_absent("timers.throughput.enabled", False)
     for path, value in leaves(resolver.values).items():
         if value == AUTO:
             resolver.problems.append(
@@ -220,6 +225,11 @@ class _Resolver:
         elif not _equal(value, expected):
             self.conflict(path, value, f"{owner}={json.dumps(expected)}")
 
+    def fill_absent(self, path: str, value: Any) -> None:
+        """Fills a key that is free, and was left out or is "auto"."""
+        if self.get(path) in (None, AUTO):
+            self.fill(path, value, owner="", source="derived")
+
     def conflict(self, path: str, value: Any, owned: str) -> None:
         """Notes a value that differs from what its owner says."""
         self.problems.append(
@@ -267,8 +277,12 @@ def _fill_precision(resolver: _Resolver, config: Config) -> None:
             resolver.conflict(f"{name}.enabled", stated, f"--training.precision={precision}")
         elif enabled or resolver.get(name) is not None:
             resolver.fill(f"{name}.enabled", enabled, owner="--training.precision")
-    # DeepSpeed's default accumulates in the weights' type; and reduces in it too.
-    for path in ("data_types.grad_accum_dtype", "communication_data_type"):
+    # DeepSpeed's default accumulates in the weights' type, and reduces in it too. The latter may be
+    # asked for: half of the bytes, and sums over dp that are rounded to 8 bits.
+    owned = ["data_types.grad_accum_dtype", "communication_data_type"]
+    if precision == "bf16" and resolver.get(owned[1]) == "bf16":
+        owned.pop()
+    for path in owned:
         resolver.fill(
             path,
             "fp32",
@@ -310,15 +324,18 @@ def _fill_optimizer(resolver: _Resolver, config: Config) -> None:
 
 
 def _fill_zero(resolver: _Resolver, config: Config) -> None:
-    """Sizes "auto" buckets and thresholds by Hugging Face's formulae, and places swap files."""
+    """Sizes "auto" buckets and thresholds by Hugging Face's formulae, and places swap files.
+
+    But no bucket is so small that a small model goes over the wire in hundreds of messages.
+    """
     rejected = resolver.rejected & {"zero_optimization", "zero_optimization.stage"}
     if resolver.get("zero_optimization.stage") is None and not rejected:
         # DeepSpeed's default, made visible.
         resolver.fill("zero_optimization.stage", 0, owner="", source="default")
     hidden = config.model.hidden_size
     for name, size in (
-        ("reduce_bucket_size", hidden * hidden),
-        ("stage3_prefetch_bucket_size", 9 * hidden * hidden // 10),
+        ("reduce_bucket_size", max(_SMALLEST_BUCKET, hidden * hidden)),
+        ("stage3_prefetch_bucket_size", max(_SMALLEST_BUCKET, 9 * hidden * hidden // 10)),
         ("stage3_param_persistence_threshold", 10 * hidden),
     ):
         path = f"zero_optimization.{name}"

@@ -375,12 +375,15 @@ class MonitorConfig:
 
     log_interval: int = 1
     """Steps between log lines and TensorBoard points."""
+    params_norm_interval: int = 10
+    """Steps between measurements of the norm of all weights, each of which is read; 0 is never."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one accelerator in the run's precision; with it, `mfu` is logged."""
 
     def __post_init__(self) -> None:
         """Checks ranges."""
         _require_positive(self, "log_interval", "peak_tflops")
+        _require_not_negative(self, "params_norm_interval")
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ def build_datasets(
                 cache=Path(data.index_cache or Path(source.prefix).parent / "index_cache"),
                 vocab_size=vocab_size if manifest is None else manifest.vocab_size,
                 megatron=megatron,
+                builds_ahead=is_training,
             )
             built.append(dataset)
             weights.append(len(dataset) if source.weight is None else source.weight)

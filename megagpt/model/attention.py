@@ -29,25 +29,31 @@ from megagpt.parallel.groups import Group, group_rank
 
 
 class KVCache:
-    """Keys and values of the tokens so far, a pair of [b, k, s, d] for each layer."""
+    """Keys and values of the tokens so far, in memory that is doubled where it ends."""
 
     def __init__(self, num_layers: int) -> None:
-        self.pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+        self._memory: list[torch.Tensor | None] = [None] * num_layers  # [2, b, k, capacity, d]
+        self._lengths = [0] * num_layers
 
     @property
     def length(self) -> int:
         """Tokens held."""
-        return 0 if self.pairs[0] is None else self.pairs[0][0].shape[2]
+        return self._lengths[0]
 
     def extend(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends [b, k, new, d] and returns all."""
-        held = self.pairs[layer]
-        if held is not None:
-            key, value = torch.cat([held[0], key], dim=2), torch.cat([held[1], value], dim=2)
-        self.pairs[layer] = (key, value)
-        return key, value
+        held, begin = self._memory[layer], self._lengths[layer]
+        end = self._lengths[layer] = begin + key.shape[2]
+        if held is None or end > held.shape[3]:
+            *lead, _, size = key.shape
+            memory = key.new_empty(2, *lead, 2 * end, size)
+            if held is not None:
+                memory[:, :, :, :begin] = held[:, :, :, :begin]
+            held = self._memory[layer] = memory
+        held[0, :, :, begin:end], held[1, :, :, begin:end] = key, value
+        return held[0, :, :, :end], held[1, :, :, :end]
 
 
 def rotary_tables(

@@ -62,14 +62,15 @@ class MetricLogger:
             step: Steps completed.
             consumed_samples: Samples completed.
             values: By tag; needs `lm loss`, `learning-rate`, `grad-norm`, `batch-size`,
-                `loss-scale`, `params-norm`, `iteration-time` (seconds),
-                `throughput` (TFLOP/s per rank), `tokens-per-second`, `skipped-iterations`,
-                `nan-iterations`.
+                `loss-scale`, `iteration-time` (seconds), `throughput` (TFLOP/s per rank),
+                `tokens-per-second`, `skipped-iterations`, `nan-iterations`; `params-norm` where it
+                was measured.
         """
         if self.writer is None:
             return
         for tag, value in values.items():
             self._scalar(tag, value, step, consumed_samples)
+        norm = f" params norm: {values['params-norm']:.3f} |" if "params-norm" in values else ""
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
         eta = datetime.timedelta(
             seconds=round((self.train_steps - step) * values["iteration-time"])
@@ -85,7 +86,7 @@ class MetricLogger:
             f" lm loss: {values['lm loss']:.6E} |"
             f" loss scale: {values['loss-scale']:.1f} |"
             f" grad norm: {values['grad-norm']:.3f} |"
-            f" params norm: {values['params-norm']:.3f} |"
+            f"{norm}"
             f" number of skipped iterations: {values['skipped-iterations']:3.0f} |"
             f" number of nan iterations: {values['nan-iterations']:3.0f} |"
             f" ETA: {eta} |"

@@ -178,8 +178,12 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
 @torch.no_grad()
 def parameter_norm(engine: deepspeed.DeepSpeedEngine, groups: ProcessGroups) -> float:
     """Euclidean norm of all weights of the model, each counted once; a collective."""
-    counted = (_local_values(p) for p in engine.module.parameters() if _is_counted(p, groups))
-    squares = _sum_of_squares(counted, engine.device)
+    squares = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for parameter in engine.module.parameters():
+        if _is_counted(parameter, groups):
+            # Where the values are: no copy of them is made, neither in float32 nor on the device.
+            norm = torch.linalg.vector_norm(_local_values(parameter), dtype=torch.float32)
+            squares += norm.to(engine.device, non_blocking=True).double().square()
     # all-reduce over pp and tp, under ZeRO-3 also over dp: squares of parts -> of the whole
     is_sharded = engine.zero_optimization_stage() == 3
     dist.all_reduce(squares, group=None if is_sharded else groups.replica_group)

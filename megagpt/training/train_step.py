@@ -5,6 +5,7 @@ With and without pipeline. Next files: `batches.py`, `engine.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -66,8 +67,9 @@ def train_step(
     """
     local_tokens = sum(batch.num_tokens for batch in batches)
     (num_tokens,) = _sum_over_samples(local_tokens, groups=groups, device=engine.device)
-    # DeepSpeed divides by the accumulation steps and averages over dp; we want sum / count.
-    scale = len(batches) * groups.topology.data_parallel_size / num_tokens
+    # DeepSpeed divides by the accumulation steps and averages over dp; we want sum / count. Of a
+    # batch in which no token counts both are 0, and so is the loss.
+    scale = len(batches) * groups.topology.data_parallel_size / max(num_tokens, 1)
     set_learning_rate(engine, lr)
     if groups.topology.pipeline_parallel_size > 1:
         engine.module.loss_sum.zero_()
@@ -77,7 +79,7 @@ def train_step(
         loss_sum = _accumulate(engine, batches, scale)
     (total,) = _sum_over_samples(loss_sum, groups=groups, device=engine.device)
     return StepResult(
-        loss=total / num_tokens,
+        loss=total / max(num_tokens, 1),
         num_tokens=int(num_tokens),
         grad_norm=float(engine.get_global_grad_norm()),
     )
@@ -115,6 +117,8 @@ def evaluate(
 ) -> float:
     """Mean loss over all valid tokens, in nats: a ratio of sums, never a mean of means.
 
+    NaN where no token counts.
+
     Args:
         engine: From `build_engine`; left in evaluation mode.
         batches: Those of this rank's data-parallel index; every rank must have the same number.
@@ -139,4 +143,4 @@ def evaluate(
             for batch in chunk:
                 loss_sum += _loss(engine, batch).sum()
     total, count = _sum_over_samples(loss_sum, num_tokens, groups=groups, device=engine.device)
-    return total / count
+    return total / count if count else math.nan

@@ -85,6 +85,7 @@ KEYS: dict[str, dict[str, Any]] = {
         }
     },
     "immediate": {"bf16": {"immediate_grad_update": True, "check_grad_overflow": False}},
+    "reduced": {"communication_data_type": "bf16"},
     "scaler": {
         "fp16": {"initial_scale_power": 10, "loss_scale_window": 5, "hysteresis": 1}
         | {"consecutive_hysteresis": True, "min_loss_scale": 2, "auto_cast": False}
@@ -286,6 +287,8 @@ CELLS = (
     Cell("dp2-zero3", LLAMA, features=("gather",)),
     Cell("dp2-zero3", GPT2, features=("sequential",)),
     Cell("dp2-zero1", LLAMA, "bf16", features=("immediate",)),
+    Cell("dp2-zero2", GPT2, "bf16", features=("reduced",)),
+    Cell("dp2-zero3", LLAMA, "bf16", features=("reduced",)),
     Cell("dp2-zero3-offload_cpu", GPT2, features=("pinned",)),
     Cell("dp2-zero3-offload_nvme", GPT2, features=("wide", "swapping")),
     Cell("dp2-zero1", GPT2, features=("watched",)),

@@ -22,7 +22,7 @@ BY_LAYOUT: Mapping[str, str] = {
         (
             *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
             *("gradient_clipping", "bf16.enabled", "fp16.enabled"),
-            *("data_types.grad_accum_dtype", "communication_data_type"),
+            "data_types.grad_accum_dtype",
             *(f"optimizer.{key}" for key in ("type", "params")),
             *(f"scheduler.{key}" for key in ("type", "params")),
         ),

@@ -7,7 +7,9 @@ run keeps what it has seen (`order.py`). Which rank takes which sample is the sa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from megagpt.data.samples.order import SAMPLES_PER_MARK, SampleIndex, epoch_inde
 
 PAD = -1
 """Stands where a sample has no token."""
+_AHEAD = 0.9
+"""Share of an epoch after which the order of the next one is built."""
 _NEGATIVE = 2**63 - 1  # what the readers take a negative token for
 
 
@@ -50,6 +54,7 @@ class GPTDataset:
         cache: Folder where indices are kept; None: in memory only.
         vocab_size: Bound of the tokens; None knows none.
         megatron: Replay Megatron's order; None: our own.
+        builds_ahead: Build the order of the next epoch near the end of one, beside what reads.
 
     Raises:
         ValueError: If the documents do not fill one sample (in evaluation: have under 2 tokens), or
@@ -68,6 +73,7 @@ class GPTDataset:
         cache: Path | None = None,
         vocab_size: int | None = None,
         megatron: MegatronOrder | None = None,
+        builds_ahead: bool = False,
     ) -> None:
         self.indexed = indexed
         self.documents = documents
@@ -104,6 +110,8 @@ class GPTDataset:
             "megatron_samples": megatron.num_samples if megatron else None,
         }
         self._epochs: dict[int, SampleIndex] = {}
+        self._builds_ahead = builds_ahead and shuffle and megatron is None
+        self._ahead: dict[int, Future[SampleIndex]] = {}
         self._epoch(0)  # a damaged index is found before training
         if megatron is not None:
             self.samples_per_epoch = len(self._epoch(0).order)
@@ -152,6 +160,9 @@ class GPTDataset:
                 part = np.empty((len(rows), out.shape[1]), dtype=np.int64)
                 largest = max(largest, self._fill(self._epoch(epoch), positions[rows], part))
                 out[rows] = part
+        if self._builds_ahead and len(numbers):
+            if positions[-1] >= _AHEAD * self.samples_per_epoch:
+                self._build_ahead(int(epochs[-1]) + 1)
         if self.vocab_size is not None and largest >= self.vocab_size:
             token = "a negative token" if largest == _NEGATIVE else f"token {largest}"
             raise ValueError(
@@ -246,16 +257,37 @@ class GPTDataset:
 
     def _epoch(self, number: int) -> SampleIndex:
         if number not in self._epochs:
-            num_samples = self.megatron.num_samples if self.megatron else self.samples_per_epoch
+            ahead = self._ahead.pop(number, None)
+            index = self._index_of(number) if ahead is None else ahead.result()
             # A batch may straddle two epochs; older ones are not needed again.
             self._epochs = {n: order for n, order in self._epochs.items() if n == number - 1}
-            self._epochs[number] = cached_index(
-                self._cache,
-                {**self._order_key, "epoch": number},
-                lambda: self._build_epoch(number),
-                num_bytes=4 * (len(self.sequences) + num_samples),
-            )
+            self._epochs[number] = index
         return self._epochs[number]
+
+    def _index_of(self, number: int) -> SampleIndex:
+        num_samples = self.megatron.num_samples if self.megatron else self.samples_per_epoch
+        return cached_index(
+            self._cache,
+            {**self._order_key, "epoch": number},
+            lambda: self._build_epoch(number),
+            num_bytes=4 * (len(self.sequences) + num_samples),
+        )
+
+    def _build_ahead(self, number: int) -> None:
+        """Builds the order of an epoch beside training: no step need wait for it."""
+        if number in self._epochs or number in self._ahead:
+            return
+        future: Future[SampleIndex] = Future()
+        self._ahead[number] = future
+
+        def build() -> None:
+            try:
+                future.set_result(self._index_of(number))
+            except BaseException as error:  # raised by the step that needs it
+                future.set_exception(error)
+
+        # A daemon: the end of a run waits for no epoch that it does not reach.
+        threading.Thread(target=build, name=f"epoch {number}", daemon=True).start()
 
     def _build_epoch(self, number: int) -> SampleIndex:
         if self.megatron is not None:

@@ -46,7 +46,6 @@ class Figures:
             "lm loss": result.loss,
             "learning-rate": record.state.learning_rate,
             "grad-norm": result.grad_norm,
-            "params-norm": parameter_norm(engine, groups),
             "batch-size": float(self.session.batches.sampler.global_batch_size),
             "loss-scale": float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0,
             "world-size": float(world_size),
@@ -56,6 +55,10 @@ class Figures:
             "tokens-per-second": result.num_tokens / seconds,
             **memory_metrics(engine.device),
         }
+        if self.config.params_norm_interval and not (
+            record.state.step % self.config.params_norm_interval
+        ):
+            values["params-norm"] = parameter_norm(engine, groups)
         if self.config.peak_tflops is not None:
             values["mfu"] = tflops / self.config.peak_tflops
         return values | {"skipped-iterations": self.num_skipped, "nan-iterations": self.num_nan}

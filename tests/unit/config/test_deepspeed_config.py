@@ -15,7 +15,7 @@ from megagpt.config.deepspeed_config import (
     read_ds_config,
     resolve_ds_config,
 )
-from megagpt.config.schema import BatchConfig, Config, OptimizerConfig, TrainingConfig
+from megagpt.config.schema import BatchConfig, Config, ModelConfig, OptimizerConfig, TrainingConfig
 
 DS_CONFIGS = sorted((Path(__file__).resolve().parents[3] / "ds_configs").glob("*.json"))
 STAGE1 = {"zero_optimization": {"stage": 1}}
@@ -69,6 +69,7 @@ def test_absent_and_auto_keys_are_filled_alike() -> None:
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "timers": {"throughput": {"enabled": False}},
         **STAGE1,
     }
     assert resolve(auto).values == expected
@@ -222,7 +223,11 @@ def test_sizes_are_whole_numbers_by_the_formulae_of_hugging_face() -> None:
     )
     zero = {"stage": 3, **dict.fromkeys(sizes, "auto")}
     values = resolve({"zero_optimization": zero}).values["zero_optimization"]
-    assert [values[s] for s in sizes] == [384 * 384, int(0.9 * 384 * 384), 3840]
+    assert [values[s] for s in sizes] == [50_000_000, 50_000_000, 3840]
+    wide = ModelConfig(hidden_size=12_288, num_attention_heads=96)
+    config = dataclasses.replace(config_with(), model=wide)
+    values = resolve({"zero_optimization": zero}, config).values["zero_optimization"]
+    assert [values[s] for s in sizes] == [12_288**2, int(0.9 * 12_288**2), 122_880]
     assert all(type(values[s]) is int for s in sizes)
 
 

@@ -1,5 +1,7 @@
 """Samples against a plain reference, and what their order depends on."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -104,3 +106,35 @@ def test_too_few_tokens_say_how_many_are_needed(indexed):
         build(indexed, 66)
     with pytest.raises(ValueError, match="needs at least 2 tokens in the test split"):
         build(indexed, documents=range(1, 3), shuffle=False, name="test")
+
+
+def test_the_next_epoch_is_built_beside_the_end_of_this_one(indexed, monkeypatch):
+    dataset, plain = build(indexed, builds_ahead=True), build(indexed)
+    expected = plain.gather(range(3 * len(plain)))
+    built = []
+    build_epoch = dataset._build_epoch
+
+    def noted(number):
+        built.append((number, threading.current_thread() is threading.main_thread()))
+        return build_epoch(number)
+
+    monkeypatch.setattr(dataset, "_build_epoch", noted)
+    samples = [dataset.gather([index])[0] for index in range(3 * len(dataset))]
+    np.testing.assert_array_equal(samples, expected)
+    for thread in threading.enumerate():
+        if thread.name.startswith("epoch "):
+            thread.join()
+    assert built[:2] == [(1, False), (2, False)]
+
+
+def test_an_epoch_that_could_not_be_built_is_told_by_the_sample_that_needs_it(indexed, monkeypatch):
+    dataset = build(indexed, builds_ahead=True)
+
+    def fail(number):
+        raise OSError("no space")
+
+    monkeypatch.setattr(dataset, "_build_epoch", fail)
+    for index in range(len(dataset)):
+        dataset.gather([index])
+    with pytest.raises(OSError, match="no space"):
+        dataset.gather([len(dataset)])

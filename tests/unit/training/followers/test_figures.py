@@ -37,8 +37,11 @@ def follow(monkeypatch, config, records, *, loss_scale=None):
 
 def test_every_interval_is_logged_with_what_the_steps_between_gave(monkeypatch):
     steps = [record(1, was_applied=False), record(2, loss=float("nan")), record(3), record(4)]
-    first, second = follow(monkeypatch, MonitorConfig(log_interval=2), steps)
+    first, second = follow(
+        monkeypatch, MonitorConfig(log_interval=2, params_norm_interval=4), steps
+    )
     assert [first[:2], second[:2]] == [(2, 8), (4, 16)]
+    assert "params-norm" not in first[2]
     values = second[2]
     assert values["skipped-iterations"] == 4 and values["nan-iterations"] == 1
     expected = {
