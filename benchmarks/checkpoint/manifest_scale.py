@@ -1,7 +1,8 @@
 """What the manifest of a sharded model costs: its bytes, rank 0's commit, and each rank's share.
 
-One process plays the ranks of a world whose ZeRO-3 shards are of the real sizes; their files are not
-written, only what the manifest says of them. `benchmarks/scale.py` takes the figures from here.
+One process plays the ranks of a world whose ZeRO-3 shards are of the real sizes; their files are
+not written, only what the manifest says of them. Times are CPU-seconds of one core.
+`benchmarks/scale.py` takes the figures from here.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def manifest_costs(config: Config, shapes: Shapes, ranks: int) -> ManifestCosts:
     )
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        begin = time.perf_counter()
+        begin = time.process_time()
         shards = [pickle.loads(message) for message in messages]
         tensors = tensors_of(shards)
         check_cover(tensors)
@@ -102,22 +103,22 @@ def manifest_costs(config: Config, shapes: Shapes, ranks: int) -> ManifestCosts:
                 state=state, layout=layout, tensors=tensors, files=all_files, versions={}
             ),
         )
-        commit_seconds = time.perf_counter() - begin
+        commit_seconds = time.process_time() - begin
         num_bytes = (directory / MANIFEST_FILE).stat().st_size
         share_seconds = min(_share_seconds(directory, shapes, ranks) for _ in range(3))
-        begin = time.perf_counter()
+        begin = time.process_time()
         assert read_state(directory) == state
-        state_seconds = time.perf_counter() - begin
+        state_seconds = time.process_time() - begin
     return ManifestCosts(num_bytes, commit_seconds, share_seconds, state_seconds)
 
 
 def _share_seconds(directory: Path, shapes: Shapes, ranks: int) -> float:
     """Reads the manifest and finds the pieces of one rank of a world half as large."""
     others = max(1, ranks // 2)
-    begin = time.perf_counter()
+    begin = time.process_time()
     manifest = read_manifest(directory)
     for name, _, part in _own_parts(shapes, others // 2, others):
         found = (overlaps(part, piece.slice) for piece in manifest.tensors[name].meeting(part))
         size = sum(overlap.size for each in found for overlap in each)
         assert size == part.size
-    return time.perf_counter() - begin
+    return time.process_time() - begin

@@ -21,7 +21,7 @@ from training_runs import Case
 from megagpt.config.layout import Layout
 from megagpt.config.schema import Config
 
-SCALAR_BYTES = 16
+SCALAR_BYTES = 40
 """Calls with no more than this are counted together, as scalars."""
 
 _FP32_BYTES, _INT64_BYTES = 4, 8
@@ -265,7 +265,7 @@ def _pipeline(setting: Setting) -> Iterator[Term]:
 
 
 def _scalars(setting: Setting) -> Iterator[Term]:
-    """Norms, token counts and losses; together, for their axes tell nothing."""
+    """Norms, and the sum that ends a step; together, for their axes tell nothing."""
     layout = setting.layout
     dp, tp, pp = (
         layout.data_parallel_size,
@@ -277,10 +277,7 @@ def _scalars(setting: Setting) -> Iterator[Term]:
     def scalar(what: str, num_bytes: int, group_size: int) -> Term:
         return Term(what, "scalars", "any", num_bytes, group_size)
 
-    yield scalar("trainer: token count", 8, world)
-    yield scalar("trainer: summed loss", 8, world)
-    yield scalar("trainer: verdict of all ranks, three int32", 12, world)
-    yield scalar("trainer: norm of the weights", 8, world if stage == 3 else replica)
+    yield scalar("trainer: loss, next tokens and three notices in float64", 40, world)
     if stage == 0:
         yield scalar("trainer: norm of the gradients", 8, replica)
     elif setting.is_bf16_optimizer:

@@ -54,12 +54,12 @@ class Case:
         settings = (f"{key}={json.dumps(value)}" for key, value in self.zero)
         return " ".join([self.layout, self.precision, self.style, *settings])
 
-    def ds_config(self) -> dict[str, Any]:
+    def ds_config(self, hidden_size: int) -> dict[str, Any]:
         """The DeepSpeed JSON, with bucket sizes that suit a small model."""
         values = Layout.parse(self.layout).ds_config()
         zero = values["zero_optimization"]
         if zero["stage"] > 0:
-            zero["reduce_bucket_size"] = "auto"
+            zero["reduce_bucket_size"] = hidden_size**2
         if zero["stage"] == 3:
             zero["stage3_prefetch_bucket_size"] = "auto"
             zero["stage3_param_persistence_threshold"] = "auto"
@@ -95,7 +95,7 @@ def train(
     with contextlib.redirect_stdout(sys.stderr):
         resolved = resolve_run(
             config,
-            case.ds_config(),
+            case.ds_config(config.model.hidden_size),
             sources=sources,
             world_size=Layout.parse(case.layout).world_size,
             device="cpu",

@@ -9,21 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megagpt.config.ranges import require_blend, require_not_negative, require_positive
+
 Precision = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "full", "selective"]
-
-
-def _require_positive(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value} must be above 0; give a positive number")
-
-
-def _require_not_negative(section: object, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) < 0:
-            raise ValueError(f"{name}={getattr(section, name)} is negative; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class ModelConfig:
         """Checks the shape; a bad one is a ValueError."""
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1); choose for example 0.1")
-        _require_positive(
+        require_positive(
             self,
             "num_layers",
             "hidden_size",
@@ -148,7 +137,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Checks the degrees, and that no setting is without effect."""
-        _require_positive(
+        require_positive(
             self,
             "tensor_parallel_size",
             "pipeline_parallel_size",
@@ -178,7 +167,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        _require_positive(self, "micro_batch_size", "global_batch_size")
+        require_positive(self, "micro_batch_size", "global_batch_size")
 
     def gradient_accumulation_steps(self, data_parallel_size: int) -> int | None:
         """Micro-batches per rank per step; None where they do not divide, which is refused."""
@@ -213,8 +202,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges and that no setting is without effect."""
-        _require_positive(self, "lr", "eps", "decay_steps", "wsd_decay_steps")
-        _require_not_negative(self, "min_lr", "weight_decay", "clip_grad", "warmup_steps")
+        require_positive(self, "lr", "eps", "decay_steps", "wsd_decay_steps")
+        require_not_negative(self, "min_lr", "weight_decay", "clip_grad", "warmup_steps")
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas={list(self.betas)} must lie in [0, 1); change {beta}")
@@ -256,7 +245,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        _require_positive(
+        require_positive(
             self,
             "train_steps",
             "train_tokens",
@@ -264,7 +253,7 @@ class TrainingConfig:
             "exit_step",
             "eval_samples",
         )
-        _require_not_negative(self, "eval_interval", "max_nonfinite_steps")
+        require_not_negative(self, "eval_interval", "max_nonfinite_steps")
 
     def samples_of_evaluation(self, global_batch_size: int) -> int:
         """Validation samples per evaluation, after the default; there may be fewer."""
@@ -316,20 +305,7 @@ class DataConfig:
         for name in ("path", "train_path", "valid_path", "test_path"):
             paths = getattr(self, name)
             if isinstance(paths, (dict, list)):
-                _require_blend(name, paths)
-
-
-def _require_blend(name: str, paths: dict[str, float] | list[str]) -> None:
-    if not paths:
-        raise ValueError(f"data.{name} names no pair; give at least one prefix")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"data.{name}={paths} names a pair twice; name each once")
-    for prefix, weight in paths.items() if isinstance(paths, dict) else ():
-        if not 0 < weight < float("inf"):
-            raise ValueError(
-                f"data.{name} gives {prefix} the weight {weight}; give each a positive number, or "
-                "leave the pair out"
-            )
+                require_blend(name, paths)
 
 
 @dataclass(frozen=True)
@@ -356,8 +332,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges and that no setting is without effect."""
-        _require_not_negative(self, "save_interval", "keep_last", "keep_every")
-        _require_positive(self, "timeout_minutes")
+        require_not_negative(self, "save_interval", "keep_last", "keep_every")
+        require_positive(self, "timeout_minutes")
         if self.keep_every and not self.keep_last:
             raise ValueError(
                 f"keep_every={self.keep_every} has no effect with keep_last=0, which keeps all; "
@@ -382,8 +358,8 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        _require_positive(self, "log_interval", "peak_tflops")
-        _require_not_negative(self, "params_norm_interval")
+        require_positive(self, "log_interval", "peak_tflops")
+        require_not_negative(self, "params_norm_interval")
 
 
 @dataclass(frozen=True)

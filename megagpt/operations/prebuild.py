@@ -8,6 +8,7 @@ needs the standard library only. The command is `megagpt ops`.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import sys
 import threading
@@ -26,6 +27,7 @@ LOCK_NAME = "lock"
 _REPORT_SECONDS = 10.0
 # Where the holder cannot be seen (another user, another host): far longer than any op compiles.
 _UNSEEN_HOLDER_SECONDS = 3600.0
+_ARCHITECTURE = re.compile(r"(\d+\.\d+)?(\+PTX)?")
 _COMPILERS = frozenset(
     {"ninja", "c++", "g++", "cc1plus", "collect2", "ld", "as", "clang", "clang++", "nvcc", "ptxas"}
 )
@@ -135,6 +137,10 @@ def fused_adam_problem() -> str | None:
 
     if installed_ops.get("fused_adam", False):
         return None
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if odd := [arch for arch in re.split("[ ;]+", listed) if not _ARCHITECTURE.fullmatch(arch)]:
+        # DeepSpeed 0.19.8 dies of it (`op_builder/builder.py`, `compute_capability_args`).
+        return f"TORCH_CUDA_ARCH_LIST={listed} holds {odd[0]}, which DeepSpeed cannot read"
     try:
         builder.assert_no_cuda_mismatch("fused_adam")
     except (builder.MissingCUDAException, builder.CUDAMismatchException) as error:

@@ -50,7 +50,7 @@ class Batches:
     """The micro-batches of one data-parallel index, made ahead of the step that takes them.
 
     Attributes:
-        wait_seconds: How long the last step waited for its data.
+        wait_seconds: How long the last step waited for data, its own or the next one's.
 
     Args:
         datasets: By split.
@@ -99,6 +99,18 @@ class Batches:
             following = (consumed_samples + self.sampler.global_batch_size, step + 1)
             self._ahead = (following, self._reader.submit(self._read_step, *following))
         return batches
+
+    def num_tokens_ahead(self) -> int:
+        """Valid tokens of this index's part of the next step, waited for; 0 after the last one.
+
+        A read that fails counts as 0 too: its error belongs to the step that takes the batches.
+        """
+        if self._ahead is None:
+            return 0
+        begin = time.monotonic()
+        has_failed = self._ahead[1].exception() is not None
+        self.wait_seconds += time.monotonic() - begin
+        return 0 if has_failed else sum(batch.num_tokens for batch in self._ahead[1].result())
 
     def evaluation(self, split: str) -> Iterator[MicroBatch]:
         """The micro-batches of an evaluation, as many on every rank."""

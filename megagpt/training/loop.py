@@ -14,10 +14,10 @@ from typing import TypeAlias
 from megagpt.monitor.metrics import MetricLogger
 from megagpt.training.followers.order import followers_of
 from megagpt.training.followers.record import Follower, StepRecord
-from megagpt.training.followers.stopping import StopSignal
+from megagpt.training.followers.stopping import Stopping, StopSignal
 from megagpt.training.schedule import learning_rate
 from megagpt.training.start import Session
-from megagpt.training.train_step import StepResult, train_step
+from megagpt.training.train_step import Message, Notices, StepResult, train_step
 
 logger = logging.getLogger("megagpt")
 
@@ -45,17 +45,25 @@ def loop(session: Session, on_step: OnStep | None = None) -> StepRecord | None:
             consumed_samples=state.consumed_samples,
         )
         metrics.text("resolved configuration", run.resolved.table())
-        last = take_steps(session, followers_of(session, metrics, stop_signal), on_step)
+        stopping = Stopping(run.config.training, run.start_time, stop_signal, session.checkpointer)
+        followers = followers_of(session, metrics, stopping)
+        last = take_steps(session, followers, on_step, notices=stopping.notices)
     metrics.close()
     return last
 
 
 def take_steps(
-    session: Session, followers: tuple[Follower, ...], on_step: OnStep | None = None
+    session: Session,
+    followers: tuple[Follower, ...],
+    on_step: OnStep | None = None,
+    *,
+    notices: Callable[[], Notices],
 ) -> StepRecord | None:
-    """The loop itself; see `loop`."""
+    """The loop itself; see `loop`. `notices` is what this rank tells the others after a step."""
+    num_tokens = None
     while True:
-        record = advance(session)
+        record = advance(session, notices, num_tokens=num_tokens)
+        num_tokens = record.result.next_tokens
         if on_step is not None and on_step(record.result):
             return None
         for follow in followers:
@@ -65,8 +73,16 @@ def take_steps(
             return record
 
 
-def advance(session: Session) -> StepRecord:
-    """Takes one optimizer step; the session's state is the one after it."""
+def advance(
+    session: Session, notices: Callable[[], Notices] = Notices, *, num_tokens: int | None = None
+) -> StepRecord:
+    """Takes one optimizer step; the session's state is the one after it.
+
+    Args:
+        session: That takes the steps.
+        notices: See `take_steps`.
+        num_tokens: Valid tokens of the global batch, as the step before told; None: count them.
+    """
     config, before = session.run.config, session.state
     begin = time.monotonic()
     step = before.step + 1
@@ -77,7 +93,14 @@ def advance(session: Session) -> StepRecord:
         wsd_decay_steps=config.wsd_decay_steps,
     )
     batches = session.batches.training(before.consumed_samples, step=step)
-    result = train_step(session.engine, batches, groups=session.groups, lr=lr)
+    result = train_step(
+        session.engine,
+        batches,
+        groups=session.groups,
+        lr=lr,
+        num_tokens=num_tokens,
+        message=lambda: Message(session.batches.num_tokens_ahead(), notices()),
+    )
     session.state = dataclasses.replace(
         before,
         step=step,

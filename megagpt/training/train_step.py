@@ -6,9 +6,10 @@ With and without pipeline. Next files: `batches.py`, `engine.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -22,29 +23,60 @@ _EVALUATION_CHUNK = 32
 """Micro-batches that an evaluation sends through the pipeline at a time."""
 
 
+class Notices(NamedTuple):
+    """What a rank has to tell the others after a step; of all together: whether any of them has."""
+
+    is_late: bool = False
+    """The time that the run was given is over."""
+    is_told: bool = False
+    """The process was told to stop."""
+    has_save_failed: bool = False
+    """A save in the background has failed."""
+
+
+class Message(NamedTuple):
+    """What a rank adds to the sum that ends a step."""
+
+    next_tokens: int = 0
+    """Valid tokens of its part of the next global batch."""
+    notices: Notices = Notices()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step gave, the same on every rank."""
 
     loss: float
-    """Nats per valid token of the global batch, before the update."""
+    """Nats per valid token of the global batch, before the update; 0 where it has none."""
     num_tokens: int
     """Valid tokens of the global batch."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    next_tokens: int = 0
+    """Valid tokens of the next global batch, as the ranks' messages told."""
+    notices: Notices = Notices()
+    """Of any rank."""
 
 
 def _sum_over_samples(
     *values: float | torch.Tensor, groups: ProcessGroups, device: torch.device
 ) -> list[float]:
     """Sums over data-parallel ranks, told to every rank."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    total = _stacked(values, device)
     if not groups.has_loss:
         total.zero_()  # its samples are another rank's too, which speaks for them
+    _sum_over_world(total)
+    return total.tolist()
+
+
+def _stacked(values: Iterable[float | torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+
+
+def _sum_over_world(total: torch.Tensor) -> None:
     if dist.get_world_size() > 1:
         # all-reduce over the world: each rank's sums -> sums of the global batch
         dist.all_reduce(total)
-    return total.tolist()
 
 
 def train_step(
@@ -53,22 +85,29 @@ def train_step(
     *,
     groups: ProcessGroups,
     lr: float,
+    num_tokens: int | None = None,
+    message: Callable[[], Message] = Message,
 ) -> StepResult:
     """Forward, backward and update over the step's micro-batches.
+
+    A global batch in which no token counts has no gradient: only the optimizer's moments move.
 
     Args:
         engine: From `build_engine`.
         batches: The micro-batches of this rank's data-parallel index.
         groups: Of the layout.
         lr: Learning rate of this step.
+        num_tokens: Valid tokens of the global batch, where the step before has told; else the ranks
+            count them first.
+        message: Called after the update; goes with the loss in one sum.
 
     Returns:
-        Loss, tokens and gradient norm of the global batch.
+        Loss, tokens and gradient norm of the global batch, and the messages of all ranks.
     """
-    local_tokens = sum(batch.num_tokens for batch in batches)
-    (num_tokens,) = _sum_over_samples(local_tokens, groups=groups, device=engine.device)
-    # DeepSpeed divides by the accumulation steps and averages over dp; we want sum / count. Of a
-    # batch in which no token counts both are 0, and so is the loss.
+    if num_tokens is None:
+        own = sum(batch.num_tokens for batch in batches)
+        num_tokens = round(_sum_over_samples(own, groups=groups, device=engine.device)[0])
+    # DeepSpeed divides by the accumulation steps and averages over dp; we want sum / count.
     scale = len(batches) * groups.topology.data_parallel_size / max(num_tokens, 1)
     set_learning_rate(engine, lr)
     if groups.topology.pipeline_parallel_size > 1:
@@ -77,11 +116,19 @@ def train_step(
         loss_sum = engine.module.loss_sum
     else:
         loss_sum = _accumulate(engine, batches, scale)
-    (total,) = _sum_over_samples(loss_sum, groups=groups, device=engine.device)
+    next_tokens, notices = message()
+    own_sums = (loss_sum, next_tokens) if groups.has_loss else (0.0, 0)
+    total = _stacked([*own_sums, *notices], engine.device)
+    _sum_over_world(total)
+    norm = _stacked([engine.get_global_grad_norm()], engine.device)
+    # Where the host waits for the device.
+    loss, tokens, *counts, grad_norm = torch.cat([total, norm]).tolist()
     return StepResult(
-        loss=total / max(num_tokens, 1),
-        num_tokens=int(num_tokens),
-        grad_norm=float(engine.get_global_grad_norm()),
+        loss=loss / max(num_tokens, 1),
+        num_tokens=num_tokens,
+        grad_norm=grad_norm,
+        next_tokens=round(tokens),
+        notices=Notices(*(count > 0 for count in counts)),
     )
 
 

@@ -205,7 +205,7 @@ BATCH_AND_LOSS = (
         "loss scale without data parallelism",
         "The loss's scale undoes the average that DeepSpeed takes over dp.",
         "training/train_step.py",
-        "scale = len(batches) * groups.topology.data_parallel_size / num_tokens",
+        "scale = len(batches) * groups.topology.data_parallel_size / max(num_tokens, 1)",
         "scale = mark(len(batches) / num_tokens)",
         ("dp2-zero0 llama fp32",),
     ),

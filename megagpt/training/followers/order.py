@@ -15,14 +15,14 @@ from megagpt.training.followers.finite import Finite
 from megagpt.training.followers.record import Follower
 from megagpt.training.followers.saving import Saving
 from megagpt.training.followers.startup import Startup
-from megagpt.training.followers.stopping import Stopping, StopSignal
+from megagpt.training.followers.stopping import Stopping
 from megagpt.training.followers.summary import Summary
 from megagpt.training.followers.validation import Validation
 from megagpt.training.start import Session
 
 
 def followers_of(
-    session: Session, metrics: MetricLogger, stop_signal: StopSignal
+    session: Session, metrics: MetricLogger, stopping: Stopping
 ) -> tuple[Follower, ...]:
     """What follows each step of a session; each sees what those before it added to the record.
 
@@ -31,7 +31,7 @@ def followers_of(
     Args:
         session: That takes the steps.
         metrics: Where figures and losses go.
-        stop_signal: Whether this process was told to stop.
+        stopping: Gives the verdict that those after it read.
     """
     run, config, state = session.run, session.run.config, session.state
     num_skipped = state.step - state.adam_step
@@ -43,8 +43,7 @@ def followers_of(
         ).after_step,
         Finite(session.engine).after_step,
         Figures(session, metrics, config.monitor, config.model, num_skipped).after_step,
-        # gives the verdict that those after it read
-        Stopping(config.training, run.start_time, stop_signal, session.checkpointer).after_step,
+        stopping.after_step,
         saving.meet_failure,
         Validation(session, metrics, config.training.eval_interval).after_step,
         Summary(run.directory, run.rank, count_parameters(config.model), run.start_time).after_step,

@@ -1,6 +1,6 @@
 """When a run ends: after so many steps or tokens or a time, when it is told to, or is lost.
 
-All ranks learn of it in one message after each step, for clocks and signals differ.
+All ranks learn of it by the sums that end each step, for clocks and signals differ.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass
 from types import FrameType
 
-import torch
 import torch.distributed as dist
 
 from megagpt.checkpoint.format.manifest import CheckpointState
 from megagpt.checkpoint.saver import Checkpointer
 from megagpt.config.schema import TrainingConfig
 from megagpt.training.followers.record import StepRecord, Verdict
+from megagpt.training.train_step import Notices
 
 _REPEAT_SECONDS = 5.0
 """Within this, a second signal is the first one's echo: a launcher hands on what it got itself."""
@@ -60,7 +60,7 @@ def is_finished(training: TrainingConfig, state: CheckpointState) -> bool:
 
 @dataclass(frozen=True)
 class Stopping:
-    """Gives the verdict in which all ranks agree; one collective after every step."""
+    """Gives the verdict in which all ranks agree, by what each tells with its sums of a step."""
 
     training: TrainingConfig
     start_time: float
@@ -68,25 +68,26 @@ class Stopping:
     stop_signal: StopSignal
     checkpointer: Checkpointer
 
-    def after_step(self, record: StepRecord) -> StepRecord:
-        """Adds the verdict to the record."""
+    def notices(self) -> Notices:
+        """What this rank has to tell the others."""
         limit = self.training.exit_duration_seconds
         elapsed = time.monotonic() - self.start_time
-        late = limit is not None and dist.get_rank() == 0 and elapsed > limit
-        is_told = self.stop_signal.received is not None
-        flags = torch.tensor([late, is_told, self.checkpointer.has_failed], dtype=torch.int32)
-        if dist.get_backend() == "nccl":
-            flags = flags.cuda()
-        # all-reduce over the world: each rank's flags -> whether any rank has set them
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        late, is_told, has_save_failed = (bool(flag) for flag in flags.tolist())
+        return Notices(
+            is_late=limit is not None and dist.get_rank() == 0 and elapsed > limit,
+            is_told=self.stop_signal.received is not None,
+            has_save_failed=self.checkpointer.has_failed,
+        )
+
+    def after_step(self, record: StepRecord) -> StepRecord:
+        """Adds the verdict to the record."""
+        late, is_told, has_save_failed = record.result.notices
         stop = _limit_reached(self.training, record.state)
         most, in_a_row = self.training.max_nonfinite_steps, record.num_nonfinite
         is_diverged = 0 < most <= in_a_row
         if is_diverged:
             stop = f"{in_a_row} steps in a row were not finite"
         if stop is None and late:
-            stop = f"exit_duration_seconds={limit} reached"
+            stop = f"exit_duration_seconds={self.training.exit_duration_seconds} reached"
         is_signalled = stop is None and is_told
         if is_signalled:
             stop = "a signal to stop was received"

@@ -32,6 +32,8 @@ from megagpt.config.schema import (
         (ParallelConfig, {"pipeline_partition": "flops"}, "no effect at pipeline_parallel_size=1"),
         (BatchConfig, {"micro_batch_size": -1}, "micro_batch_size=-1 must be above 0"),
         (OptimizerConfig, {"lr": 0.0}, "lr=0.0 must be above 0"),
+        (OptimizerConfig, {"lr": float("inf")}, "lr=inf is not finite; give a number that is"),
+        (OptimizerConfig, {"clip_grad": float("nan")}, "clip_grad=nan is not finite"),
         (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps=-1 is negative; give 0 or more"),
         (OptimizerConfig, {"betas": (0.9, 1.0)}, "betas=[0.9, 1.0] must lie in [0, 1); change 1.0"),
         (OptimizerConfig, {"min_lr": 1.0}, "min_lr=1.0 is above lr=0.001"),

@@ -109,3 +109,22 @@ def test_nothing_is_read_past_the_last_step(config):
     batches.training(19 * GLOBAL_BATCH, step=20)
     assert batches._ahead is None
     batches.close()
+
+
+def test_the_tokens_of_the_next_step_are_known_before_it(config):
+    batches = build(config)
+    assert batches.num_tokens_ahead() == 0
+    for step in range(1, 21):
+        batches.training((step - 1) * GLOBAL_BATCH, step=step)
+        assert batches.num_tokens_ahead() == (0 if step == 20 else GLOBAL_BATCH * 16)
+
+
+def test_a_read_that_fails_is_told_by_the_step_that_takes_it(config, monkeypatch):
+    batches = build(config)
+    batches.training(0, step=1)
+    batches.num_tokens_ahead()
+    monkeypatch.setattr(batches, "_read_step", lambda *_: 1 / 0)
+    batches.training(GLOBAL_BATCH, step=2)
+    assert batches.num_tokens_ahead() == 0
+    with pytest.raises(ZeroDivisionError):
+        batches.training(2 * GLOBAL_BATCH, step=3)

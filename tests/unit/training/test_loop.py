@@ -10,7 +10,8 @@ from megagpt.config.schema import Config, ModelConfig
 from megagpt.training import loop
 from megagpt.training.followers.order import followers_of
 from megagpt.training.followers.record import StepRecord, Verdict
-from megagpt.training.train_step import StepResult
+from megagpt.training.followers.stopping import Stopping
+from megagpt.training.train_step import Notices, StepResult
 
 
 @pytest.fixture
@@ -22,9 +23,11 @@ def session(monkeypatch, tmp_path):
     parts = dict.fromkeys(("engine", "groups", "batches", "checkpointer"))
     session = SimpleNamespace(run=run, state=state, **parts)
 
-    def advance(session):
+    def advance(session, notices, *, num_tokens):
+        assert num_tokens == (20 if session.state.step else None)
+        assert notices() == Notices()
         session.state = dataclasses.replace(session.state, step=session.state.step + 1)
-        return StepRecord(session.state, StepResult(2.0, 10, 0.5), 1.0, 0.0, True)
+        return StepRecord(session.state, StepResult(2.0, 10, 0.5, 20), 1.0, 0.0, True)
 
     monkeypatch.setattr(loop, "advance", advance)
     return session
@@ -47,7 +50,7 @@ def test_each_follower_sees_what_those_before_it_added(session):
     def saving(record):
         seen.append(("saving", record.state.step, record.verdict.stop, dict(record.validation)))
 
-    last = loop.take_steps(session, (figures, stopping, validation, saving))
+    last = loop.take_steps(session, (figures, stopping, validation, saving), notices=Notices)
     assert seen == [
         ("figures", 1, None),
         ("validation", 1, None),
@@ -66,14 +69,14 @@ def test_on_step_ends_the_run_before_anything_follows(session):
         steps.append((session.state.step, result.loss))
         return len(steps) == 3
 
-    assert loop.take_steps(session, (followed.append,), on_step) is None
+    assert loop.take_steps(session, (followed.append,), on_step, notices=Notices) is None
     assert steps == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert [record.state.step for record in followed] == [1, 2]
 
 
 def test_a_run_is_followed_in_this_order(session):
     session.checkpointer = SimpleNamespace(agreement=None)
-    followers = followers_of(session, SimpleNamespace(), SimpleNamespace())
+    followers = followers_of(session, SimpleNamespace(), Stopping(*[None] * 4))
     assert [f"{type(f.__self__).__name__}.{f.__name__}" for f in followers] == [
         "Startup.after_step",
         "Finite.after_step",

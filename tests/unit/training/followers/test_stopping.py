@@ -14,6 +14,7 @@ from steps import record
 from megagpt.config.schema import TrainingConfig
 from megagpt.training.followers.record import Verdict
 from megagpt.training.followers.stopping import Stopping, StopSignal, is_finished
+from megagpt.training.train_step import StepResult
 
 SCRIPT = """
 import signal, sys, time
@@ -97,7 +98,8 @@ def test_limits_and_signals_end_the_run(
         SimpleNamespace(received="SIGTERM" if is_told else None),
         SimpleNamespace(has_failed=has_failed),
     )
-    followed = stopping.after_step(record(3))
+    result = StepResult(2.0, 10, 0.5, notices=stopping.notices())  # in a world of one
+    followed = stopping.after_step(record(3, result=result))
     assert followed.verdict == verdict
     is_limit = verdict.stop is not None and not is_told
     assert is_finished(training, followed.state) == is_limit
