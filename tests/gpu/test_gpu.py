@@ -18,6 +18,7 @@ from cells import CELLS, GPU_CELLS
 from megagpt.config.layout import Layout
 from megagpt.inference.generate import Sampling, generate
 from megagpt.inference.load import load
+from megagpt.model.keyed_numbers import standard_normal
 from megagpt.testing.distributed import free_port, most_ranks, run_distributed
 from megagpt.testing.report import write_records
 
@@ -48,6 +49,12 @@ def parity():
 @pytest.mark.parametrize("cell", PARITY, ids=lambda cell: cell.name)
 def test_a_layout_gives_the_curve_of_one_process(cell, parity):
     assert parity[cell.name]["ok"], parity[cell.name]
+
+
+def test_numbers_by_key_are_the_cpus_to_the_last_bit():
+    box = {"rows": range(3, 300), "columns": range(1, 4_000), "width": 4_001}
+    cpu, gpu = (standard_normal(7, **box, device=torch.device(d)) for d in ("cpu", "cuda"))
+    assert torch.equal(gpu.cpu(), cpu)
 
 
 @pytest.fixture(scope="module")
