@@ -5,6 +5,8 @@ Next files: `gpt.py`, `zero3.py`, `pipeline.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
     from megagpt.model.pipeline import GPTPipeline
 
 _CPU = torch.device("cpu")
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What new tensors of floats are, where nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build_model(
@@ -60,7 +73,8 @@ def build_model(
             config, seed=seed, ds_config=ds_config, groups=groups, tp=tp, recompute=recompute
         )
     model: GPTModel | GPTPipeline
-    with device:
+    # Of the weights' type from the first: on the device no larger copy stands beside them.
+    with device, _default_dtype(dtype):
         if parallel.pipeline_parallel_size > 1:
             from megagpt.model.pipeline import GPTPipeline
 
@@ -73,8 +87,8 @@ def build_model(
                 has_position_ids=has_position_ids,
                 tp=tp,
                 recompute=recompute,
-            ).to(dtype)
+            )
         else:
-            model = GPTModel(config, tp, recompute=recompute).to(dtype)
+            model = GPTModel(config, tp, recompute=recompute)
     initialize(model, config, seed=seed, tp_group=tp.group)
     return model

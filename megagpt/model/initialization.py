@@ -58,9 +58,9 @@ def initial_range(
         [end - start], float32.
     """
     if name.endswith(".bias"):
-        return torch.zeros(end - start, device=device)
+        return torch.zeros(end - start, dtype=torch.float32, device=device)
     if len(local_shape) == 1:
-        return torch.ones(end - start, device=device)
+        return torch.ones(end - start, dtype=torch.float32, device=device)
     num_rows, num_columns = local_shape
     row = tp_rank * num_rows if tp_dim == 0 else 0
     column = tp_rank * num_columns if tp_dim == 1 else 0

@@ -85,7 +85,7 @@ def standard_normal(
     """
     first, end = columns.start // 2, (columns.stop + 1) // 2  # pairs that the box meets
     pairs_a_row = (width + 1) // 2
-    box = torch.empty(len(rows), end - first, 2, device=device)
+    box = torch.empty(len(rows), end - first, 2, dtype=torch.float32, device=device)
     step = max(1, _PAIRS_AT_ONCE[device.type] // max(1, end - first))
     in_row = torch.arange(first, end, device=device)
     for begin in range(0, len(rows), step):

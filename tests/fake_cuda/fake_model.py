@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from fake_device import DeviceOnly, HostTraffic, fake_cuda
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megagpt.config.schema import ModelConfig, Recompute
+from megagpt.config.schema import ModelConfig, ParallelConfig, Recompute
 from megagpt.inference.generate import Sampling, generate
 from megagpt.model.attention import KVCache
+from megagpt.model.build import build_model
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import GPTModel
 from megagpt.model.layers import ONE_RANK, TensorParallel
@@ -115,6 +117,24 @@ def attention_of_training(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.device.type == "cuda", name
     return attention_kernels(watch)
+
+
+def build_for_training(style: str, dtype: torch.dtype) -> set[str]:
+    """Builds and fills a model as ZeRO 0 to 2 do; returns where and of what type its weights are.
+
+    Under `DeviceOnly`: no weight is made in host memory and moved.
+    """
+    with fake_cuda(), DeviceOnly():
+        model = build_model(
+            STYLES[style],
+            seed=1,
+            dtype=dtype,
+            ds_config={"zero_optimization": {"stage": 2}},
+            parallel=ParallelConfig(),
+            groups=SimpleNamespace(tp_group=None),
+            device=torch.device("cuda", 0),
+        )
+    return {f"{weight.device.type} {weight.dtype}" for weight in model.parameters()}
 
 
 def attention_of_inference(style: str, dtype: torch.dtype) -> set[str]:

@@ -9,6 +9,7 @@ from fake_model import (
     Case,
     attention_of_inference,
     attention_of_training,
+    build_for_training,
     traffic_of_generation,
 )
 
@@ -46,6 +47,11 @@ def kernel(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_stays_on_the_device(case, on_fake_cuda):
     assert on_fake_cuda(attention_of_training, case) == kernel(case)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_model_is_built_and_filled_on_the_device(style, on_fake_cuda):
+    assert on_fake_cuda(build_for_training, style, torch.bfloat16) == {"cuda torch.bfloat16"}
 
 
 @pytest.mark.parametrize("dtype", (*HALF, torch.float32), ids=str)
