@@ -77,8 +77,8 @@ def pretrain(arguments: list[str], on_step: OnStep | None = None) -> int:
             return 0
         with start(run) as session:
             last = loop(session, on_step)
-            if last is not None and last.verdict.is_diverged:
-                logger.info(_told_of_divergence(run, last))
+            if run.rank == 0 and last is not None and last.verdict.is_diverged:
+                print(_told_of_divergence(run, last), file=sys.stderr, flush=True)
     if last is None:
         return 0
     if last.verdict.is_diverged:
@@ -176,6 +176,9 @@ def _process_group(device: Device, timeout_minutes: float) -> Iterator[None]:
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     prepare_network()
+    if device == "cuda":
+        # The first collectives come before DeepSpeed's engine, which sets it too.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
         dist_backend="gloo" if device == "cpu" else "nccl",
         auto_mpi_discovery=False,
