@@ -39,7 +39,7 @@ from megagpt.checkpoint.format.manifest import (
     read_links,
     write_manifest,
 )
-from megagpt.checkpoint.format.pieces import COLUMNS, TensorRecord, records_of
+from megagpt.checkpoint.format.pieces import ROWS, TensorRecord, records_of
 from megagpt.checkpoint.format.shard_file import FileRecord
 from megagpt.checkpoint.format.slices import Slice
 from megagpt.checkpoint.owner import FolderTaken, Ownership, is_owned
@@ -73,23 +73,28 @@ class Shard(NamedTuple):
 
 def tensors_of(shards: Iterable[Shard]) -> dict[str, TensorRecord]:
     """What shards hold together, by name; not yet checked for being whole."""
-    numbers: dict[str, int] = {}
-    shapes: list[tuple[int, ...]] = []
-    known: dict[bytes, list[int]] = {}  # by the list as it was sent
-    tables = []
+    alike: dict[bytes, list[tuple[int, bytes]]] = {}  # (number, slices) by the list of tensors
     for number, shard in enumerate(shards):
-        if shard.tensors not in known:
-            own = known[shard.tensors] = []
-            for name, shape in json.loads(zlib.decompress(shard.tensors)):
-                if name not in numbers:
-                    numbers[name] = len(shapes)
-                    shapes.append(tuple(shape))
-                own.append(numbers[name])
-        slices = np.frombuffer(zlib.decompress(shard.slices), dtype=np.int64).reshape(-1, 6)
-        table = np.empty((len(slices), len(COLUMNS)), dtype=np.int64)
-        table[:, 0], table[:, 1:-1], table[:, -1] = known[shard.tensors], slices, number
-        tables.append(table)
-    return dict(zip(numbers, records_of(shapes, np.concatenate(tables)), strict=True))
+        alike.setdefault(shard.tensors, []).append((number, zlib.decompress(shard.slices)))
+    places: dict[str, int] = {}
+    shapes: list[tuple[int, ...]] = []
+    tables = []
+    for compressed, own in alike.items():
+        tensors = []
+        for name, shape in json.loads(zlib.decompress(compressed)):
+            if name not in places:
+                places[name] = len(shapes)
+                shapes.append(tuple(shape))
+            tensors.append(places[name])
+        slices = np.frombuffer(b"".join(each for _, each in own), dtype=np.int64)
+        slices = slices.reshape(len(own), len(tensors), 6)
+        # By tensor, then by shard: under ZeRO-3, where all have the same list, it is sorted so.
+        table = np.empty((len(ROWS), len(tensors), len(own)), dtype=np.int64)
+        table[0] = np.array(tensors, dtype=np.int64)[:, None]
+        table[1:-1] = slices.transpose(2, 1, 0)
+        table[-1] = [number for number, _ in own]
+        tables.append(table.reshape(len(ROWS), -1))
+    return dict(zip(places, records_of(shapes, np.concatenate(tables, axis=1)), strict=True))
 
 
 class Committer:

@@ -299,7 +299,7 @@ def _decode(values: dict[str, Any]) -> CheckpointManifest:
     tensors = {name: _decode_tensor(entry) for name, entry in values["tensors"].items()}
     check_cover(tensors)
     for name in values["files"]:
-        if Path(name).name != name:
+        if "/" in name or name in ("", ".", ".."):
             raise KeyError(f"{name} is not the name of a file")
     return CheckpointManifest(
         state=_decode_state(values),

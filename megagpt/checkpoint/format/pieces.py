@@ -18,8 +18,8 @@ import numpy as np
 
 from megagpt.checkpoint.format.slices import Slice, boxes_meet, whole
 
-COLUMNS = ("tensor", "row", "end_row", "column", "end_column", "start", "end", "shard")
-"""Of a table of pieces, one a row, int64; `tensor` is an index into names and shapes."""
+ROWS = ("tensor", "row", "end_row", "column", "end_column", "start", "end", "shard")
+"""What the rows of a table of pieces are, one piece a column; `tensor` is an index of shapes."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class TensorRecord:
         """The record of single pieces, in any order."""
         rows = [(0, *p.slice.rows, *p.slice.columns, p.slice.start, p.slice.end, p.shard)
                 for p in pieces]  # fmt: skip
-        table = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))
-        return records_of([shape], table)[0]
+        table = np.array(rows, dtype=np.int64).reshape(-1, len(ROWS))
+        return records_of([shape], table.T)[0]
 
     @property
     def num_elements(self) -> int:
@@ -161,32 +161,44 @@ def _meet(a: Box, b: Box) -> bool:
     return boxes_meet((a.rows, a.columns), (b.rows, b.columns))
 
 
+def _equal_to_the_one_before(table: np.ndarray, rows: range) -> np.ndarray:
+    """[pieces - 1]; column by column, for each row stands together in memory."""
+    equal = np.ones(table.shape[1] - 1, dtype=bool)
+    for row in rows:
+        equal &= table[row, 1:] == table[row, :-1]
+    return equal
+
+
 def records_of(shapes: Sequence[tuple[int, ...]], table: np.ndarray) -> list[TensorRecord]:
     """The records of many pieces of many tensors.
 
     Args:
         shapes: Of the tensors.
-        table: [pieces, 8], int64; see COLUMNS. In any order.
+        table: [8, pieces], int64; see ROWS. The pieces stand in any order.
     """
     boxes: list[list[Box]] = [[] for _ in shapes]
-    if len(table):
-        table = table[np.lexsort(table[:, [5, 4, 3, 2, 1, 0]].T)]
-        start, end, shard = table[:, 5], table[:, 6], table[:, 7]
+    if table.shape[1]:
+        in_box = _equal_to_the_one_before(table, range(5))
+        follows = in_box & (table[5, 1:] >= table[5, :-1])
+        if not (follows | (table[0, 1:] > table[0, :-1])).all():
+            # Not by tensor, box and start, as ZeRO-3 brings them without tensor parallelism.
+            table = table[:, np.lexsort(table[[5, 4, 3, 2, 1, 0]])]
+            in_box = _equal_to_the_one_before(table, range(5))
+        start, end, shard = table[5:]
         size, step = end - start, np.diff(shard, prepend=shard[0])
-        begins_box = np.ones(len(table), dtype=bool)
-        begins_box[1:] = (table[1:, :5] != table[:-1, :5]).any(axis=1)
+        begins_box = np.append(True, ~in_box)
         begins = begins_box.copy()
         begins[1:] |= (size[1:] != size[:-1]) | (start[1:] != end[:-1]) | (step[1:] < 1)
         # Within a run the second piece sets the step.
         changes = ~begins[1:] & ~begins[:-1] & (step[1:] != step[:-1])
         begins[1:] |= changes
         first = np.flatnonzero(begins)
-        counts = np.diff(first, append=len(table))
-        steps = np.where(counts > 1, step[np.minimum(first + 1, len(table) - 1)], 1)
+        counts = np.diff(first, append=len(start))
+        steps = np.where(counts > 1, step[np.minimum(first + 1, len(start) - 1)], 1)
         runs = np.stack([start[first], size[first], counts, shard[first], steps], axis=1).tolist()
         of_box = np.flatnonzero(begins_box[first])
         for begin, stop in zip(of_box, [*of_box[1:], len(first)], strict=True):
-            tensor, row, end_row, column, end_column = table[first[begin], :5].tolist()
+            tensor, row, end_row, column, end_column = table[:5, first[begin]].tolist()
             own = tuple(Run(*run) for run in runs[begin:stop])
             boxes[tensor].append(Box((row, end_row), (column, end_column), own))
     return [TensorRecord(shape, tuple(own)) for shape, own in zip(shapes, boxes, strict=True)]
