@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from megagpt.checkpoint.format.pieces import Box, Piece, Run, TensorRecord
 from megagpt.checkpoint.format.shard_file import (
     BLOCK_BYTES,
-    HASHES,
     DamagedCheckpoint,
     FileRecord,
+    FileTable,
 )
 from megagpt.checkpoint.format.slices import Slice
 from megagpt.config.command_line import config_from_dict
@@ -298,14 +298,11 @@ def _decode(values: dict[str, Any]) -> CheckpointManifest:
         _whole_number(size, least=1)
     tensors = {name: _decode_tensor(entry) for name, entry in values["tensors"].items()}
     check_cover(tensors)
-    for name in values["files"]:
-        if "/" in name or name in ("", ".", ".."):
-            raise KeyError(f"{name} is not the name of a file")
     return CheckpointManifest(
         state=_decode_state(values),
         layout=layout,
         tensors=tensors,
-        files={name: _decode_file(entry) for name, entry in values["files"].items()},
+        files=FileTable(values["files"]),
         versions=values["versions"],
         **_decode_links(values)._asdict(),
     )
@@ -348,13 +345,6 @@ def _decode_piece(values: dict[str, Any]) -> Piece:
     if end >= 1 << 48:
         raise TypeError(f"{end} is beyond any tensor")
     return Piece(_whole_number(values["shard"]), Slice(rows, columns, start, end))
-
-
-def _decode_file(entry: dict[str, Any]) -> FileRecord:
-    for name in HASHES:
-        if (key := f"block_{name}") in entry:
-            return FileRecord(_whole_number(entry["bytes"]), tuple(entry[key]), name)
-    raise KeyError("hashes of blocks")
 
 
 def _pair(values: list[int]) -> tuple[int, int]:

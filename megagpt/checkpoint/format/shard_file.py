@@ -14,10 +14,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -30,6 +29,7 @@ SHA-256 is that of checkpoints of before. Neither keeps anyone from changing a f
 could change the manifest with it.
 """
 _WRITTEN = next(iter(HASHES))
+_HASH_KEYS = {f"block_{name}": name for name in HASHES}
 
 _DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -48,8 +48,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """What the manifest keeps of a file."""
 
     num_bytes: int
@@ -58,6 +57,40 @@ class FileRecord:
     """Hash of each block of BLOCK_BYTES, in hex."""
     hash_name: str = _WRITTEN
     """Which hash, of HASHES."""
+
+
+class FileTable(Mapping[str, FileRecord]):
+    """Records by name, made when one is asked for: of many files a rank reads a few.
+
+    Args:
+        entries: As they stand in a manifest.
+
+    Raises:
+        KeyError, TypeError: If they hold what no writer makes.
+    """
+
+    def __init__(self, entries: dict[str, dict[str, Any]]) -> None:
+        self._entries = entries
+        if "/" in "".join(entries) or entries.keys() & {"", ".", ".."}:
+            raise KeyError("what is not the name of a file")
+        sizes = [entry["bytes"] for entry in entries.values()]
+        if set(map(type, sizes)) - {int} or min(sizes, default=0) < 0:
+            raise TypeError("a length that is not a whole number")
+        first, other = _HASH_KEYS
+        hashes = [entry.get(first, entry.get(other)) for entry in entries.values()]
+        if set(map(type, hashes)) - {list}:
+            raise KeyError("hashes of blocks")
+
+    def __getitem__(self, name: str) -> FileRecord:
+        entry = self._entries[name]
+        key = next(key for key in _HASH_KEYS if key in entry)
+        return FileRecord(entry["bytes"], tuple(entry[key]), _HASH_KEYS[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def safetensors_header(
