@@ -130,7 +130,7 @@ def _restores_each_generator(bench: Bench, findings: Findings) -> None:
         content[start + begin : start + end] = state.tobytes()
         path.write_bytes(content)
         digest_of_all = xxhash.xxh3_128_hexdigest(content)  # one block
-        files[path.name] = dataclasses.replace(files[path.name], block_hashes=(digest_of_all,))
+        files[path.name] = files[path.name]._replace(block_hashes=(digest_of_all,))
     write_manifest(directory, dataclasses.replace(manifest, files=files))
     bench.train(run, "--checkpoint.load", str(directory), "--training.exit_step", "4")
     with CheckpointReader(step_folder(run, 4)) as reader:
