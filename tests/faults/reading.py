@@ -377,11 +377,8 @@ def _vouch_for(run: Path, name: str, content: bytes, bench: Bench, findings: Fin
     directory = step_folder(run, BASE_STEPS)
     (directory / name).write_bytes(content)
     manifest = read_manifest(directory)
-    record = dataclasses.replace(
-        manifest.files[name],
-        num_bytes=len(content),
-        block_hashes=(xxhash.xxh3_128_hexdigest(content),),
-    )
+    digest = xxhash.xxh3_128_hexdigest(content)
+    record = manifest.files[name]._replace(num_bytes=len(content), block_hashes=(digest,))
     write_manifest(
         directory, dataclasses.replace(manifest, files=dict(manifest.files) | {name: record})
     )
