@@ -266,7 +266,7 @@ STAGES_AND_SHARDS = (
         "every shard is the first",
         "Under ZeRO-3 a rank's shard holds the values of its own place in the weight.",
         "model/zero3.py",
-        "start = size * torch.distributed.get_rank(parameter.ds_process_group)",
+        "start = shard.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)",
         "start = mark(0)",
         ("dp2-zero3 gpt2 fp32",),
     ),
