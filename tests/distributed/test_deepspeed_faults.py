@@ -117,6 +117,66 @@ def nvme_swapper(folder):
     return swapper.invalid_buffer.dtype
 
 
+def secondary_copies():
+    """Of zero_hpz_partition_size: whether a copy was cut already, and what a second model meets."""
+    import deepspeed
+
+    values = ds_config(3)
+    values["zero_optimization"]["zero_hpz_partition_size"] = 2
+    with deepspeed.zero.Init(config_dict_or_path=values):
+        layer = torch.nn.Linear(64, 64)
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=values):
+            torch.nn.Linear(64, 64)
+    except AssertionError as error:
+        return layer.weight.ds_secondary_tensor is not None, str(error)
+    return layer.weight.ds_secondary_tensor is not None, "nothing: it is built"
+
+
+def least_loss_scale():
+    """What an overflow at the least loss scale of fp16 is."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(
+        1.0, scale_window=1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False
+    )
+    try:
+        scaler.update_scale(True)
+    except Exception as error:  # of no class of its own
+        return str(error)
+    return "nothing: it goes on"
+
+
+def granularity():
+    """What the first backward pass of a model with leaves by granularity ends in."""
+    from megagpt.model.build import build_model
+    from megagpt.parallel.groups import ProcessGroups
+    from megagpt.parallel.topology import ParallelTopology
+    from megagpt.training.batches import MicroBatch
+    from megagpt.training.engine import build_engine
+    from megagpt.training.train_step import train_step
+
+    groups = ProcessGroups(ParallelTopology(2))
+    values = ds_config(3, micro_batches=1)
+    values["zero_optimization"]["stage3_module_granularity_threshold"] = 20_000
+    model = build_model(
+        *(CONFIG,),
+        seed=1,
+        dtype=torch.float32,
+        ds_config=values,
+        parallel=ParallelConfig(),
+        groups=groups,
+    )
+    engine = build_engine(model, OptimizerConfig(), values, groups)
+    tokens = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    try:
+        train_step(engine, [batch], groups=groups, lr=1e-3)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing: it trains"
+
+
 def unknown_world():
     """The data-parallel size that a DeepSpeedConfig assumes before deepspeed.comm is there."""
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -182,6 +242,9 @@ def cells(rank, world_size, folder):
     found["loss_fn, fp32"] = loss_fn_weight_gradient(bf16=False)
     found["tied marks"] = tied_marks()
     found["global mpu"] = engine_without_mpu()
+    found["secondary"] = secondary_copies()
+    found["least scale"] = least_loss_scale()
+    found["granularity"] = granularity()
     if async_io_problem() is None:
         found["nvme"] = nvme_swapper(folder)
     return found
@@ -223,6 +286,34 @@ def test_the_last_mpu_stays_in_a_global_where_an_engine_without_one_trips_over_i
     assert "get_model_parallel_rank" in found["global mpu"]
 
 
+def test_a_second_copy_is_cut_before_there_are_weights_and_a_second_model_refused(found):
+    is_there, message = found["secondary"]
+    assert is_there and "already initialized" in message
+
+
+def test_an_overflow_at_the_least_loss_scale_is_an_exception(found):
+    assert "minimum" in found["least scale"]
+
+
+def test_leaves_by_granularity_end_the_first_backward_pass(found):
+    assert "broadcast" in found["granularity"]
+
+
+def test_the_throughput_timer_waits_for_the_device_by_default():
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    timer = DeepSpeedThroughputTimerConfig()
+    assert timer.enabled and timer.synchronized
+
+
+def test_an_architecture_with_a_letter_cannot_be_read(monkeypatch):
+    from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        FusedAdamBuilder().compute_capability_args()
+
+
 def test_activations_of_a_pipeline_are_cut_over_tp_by_default():
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -248,5 +339,7 @@ def test_every_fault_is_written_down():
     for words in (
         "takes the world for one rank", "`get_global_grad_norm()` is None", "unsupported mix",
         "`.grad_accum`", "`clear_lp_grads`", "float16", "`zero.Init(dtype=...)`",
+        "zero_hpz_partition_size", "least fp16 loss scale", "`stage3_module_granularity_threshold`",
+        "`ThroughputTimer`", "TORCH_CUDA_ARCH_LIST=9.0a",
     ):  # fmt: skip
         assert words in page, words
