@@ -8,7 +8,7 @@ START := $(shell date +%s)
 export DS_ACCELERATOR ?= cpu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CODE := megagpt tools launch tests benchmarks
-FAST_TESTS := $(wildcard tests/unit tests/fake_cuda tests/distributed tests/parity)
+FAST_TESTS := $(wildcard tests/unit tests/fake_cuda tests/distributed tests/parity tests/cases)
 
 .PHONY: help venv ops demo test test-slow gpu-test parity parity-machine mutation faults house lint format clean
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and their hashes."""
+"""Files that are whole or not there, their hashes, and JSON that is whatever it may be."""
 
 from __future__ import annotations
 
@@ -17,6 +17,29 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def decode_json(content: bytes | str) -> Any:
+    """What JSON says; whatever is wrong with it, and whatever Python cannot hold, a ValueError.
+
+    Bytes are UTF-8. Python's own reader ends with other errors where brackets are nested some
+    thousand deep, and with one that names no place where a number has more than 4,300 digits.
+
+    Raises:
+        ValueError: With the reason, which names the place where there is one.
+    """
+    try:
+        return json.loads(content.decode() if isinstance(content, bytes) else content)
+    except RecursionError:
+        raise ValueError(NESTED_TOO_DEEPLY) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        raise ValueError(NUMBER_TOO_LONG) from None
+
+
+NESTED_TOO_DEEPLY = "its brackets are nested too deeply"
+NUMBER_TOO_LONG = "a whole number has more than 4,300 digits"
 
 
 def write_json(path: Path, content: Any) -> None:

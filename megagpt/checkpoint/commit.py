@@ -44,6 +44,7 @@ from megagpt.checkpoint.format.shard_file import FileRecord
 from megagpt.checkpoint.format.slices import Slice
 from megagpt.checkpoint.owner import FolderTaken, Ownership, is_owned
 from megagpt.config.schema import CheckpointConfig
+from megagpt.files import decode_json
 
 logger = logging.getLogger("megagpt")
 
@@ -81,7 +82,7 @@ def tensors_of(shards: Iterable[Shard]) -> dict[str, TensorRecord]:
     tables = []
     for compressed, own in alike.items():
         tensors = []
-        for name, shape in json.loads(zlib.decompress(compressed)):
+        for name, shape in decode_json(zlib.decompress(compressed)):
             if name not in places:
                 places[name] = len(shapes)
                 shapes.append(tuple(shape))

@@ -7,7 +7,6 @@ Knows no torch. Next file: `format/manifest.py`.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -25,7 +24,7 @@ from megagpt.checkpoint.format.manifest import (
 )
 from megagpt.checkpoint.format.shard_file import DamagedCheckpoint
 from megagpt.checkpoint.owner import OWNER_FILE
-from megagpt.files import encode_json, sync_directory, write_atomically
+from megagpt.files import decode_json, encode_json, sync_directory, write_atomically
 
 logger = logging.getLogger("megagpt")
 
@@ -172,12 +171,12 @@ def _newest(checkpoints: Path, steps: dict[int, Path]) -> int:
 def read_latest(checkpoints: Path) -> tuple[int, str] | None:
     """What `latest` says, (step, hash of its manifest); None where it says nothing sensible."""
     try:
-        values = json.loads((checkpoints / LATEST_FILE).read_bytes().decode())
+        values = decode_json((checkpoints / LATEST_FILE).read_bytes())
         match = _STEP.fullmatch(values["step"])
         return (int(match[1]), str(values["sha256"])) if match else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         logger.info(f"warning: {checkpoints / LATEST_FILE} is damaged; it is not used")
         return None
 

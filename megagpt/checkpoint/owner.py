@@ -9,7 +9,6 @@ Knows no torch. Next file: `directory.py`.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -20,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from megagpt.files import write_json
+from megagpt.files import decode_json, write_json
 
 logger = logging.getLogger("megagpt")
 
@@ -162,7 +161,7 @@ def _read(checkpoints: Path) -> dict[str, Any]:
 
 def _decode(content: bytes) -> dict[str, Any]:
     try:
-        owner = json.loads(content.decode())
-    except (ValueError, RecursionError):
+        owner = decode_json(content)
+    except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -12,18 +12,19 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml  # type: ignore[import-untyped]
 
 from megagpt.config.command import UsageError
-from megagpt.config.deepspeed_config import DEFAULT_DS_CONFIG, read_ds_config
+from megagpt.config.deepspeed_config import DEFAULT_DS_CONFIG
+from megagpt.config.deepspeed_json import read_ds_config
 from megagpt.config.dotted_keys import Setting, did_you_mean, leaves
 from megagpt.config.presets import PRESETS
 from megagpt.config.refusals import refuse_settings
 from megagpt.config.schema import Config
+from megagpt.config.yaml_text import alternatives, fit, parse_yaml, read_yaml
 
 _VALUE_OPTIONS = ("config", "preset", "ds_config", "local_rank", "local-rank")
 _SWITCHES = ("print_config", "help")
@@ -96,10 +97,9 @@ def parse_config(argv: list[str]) -> tuple[Config, dict[str, Any], dict[str, str
         shape = dataclasses.asdict(PRESETS[name])
         merge({f"model.{k}": v for k, v in shape.items()}, f"preset {name}")
     for _, path in (o for o in options if o[0] == "config"):
-        merge(_settings(_read_yaml(path), where=path), f"file {path}")
+        merge(_settings(_sections_of(path), where=path), f"file {path}")
     for key, text in (o for o in options if o[0] in sources):
-        parse = partial(build_parser().parse_args, [f"--{key}={text}"])
-        merge({key: _typed(key, parse, f"--{key}={text}", error=UsageError)}, f"flag --{key}")
+        merge({key: _of_flag(key, text)}, f"flag --{key}")
     config = _build(values)
     if "print_config" in given:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
@@ -152,30 +152,8 @@ def _split_arguments(argv: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where PyYAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys: set[Any] = set()
-        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            if key.value in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key.value}' is given twice", key.start_mark
-                )
-            keys.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: str) -> Mapping[str, Any]:
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)  # noqa: S506
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; name a YAML file for --config") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValueError(f"{path}{line} is not valid YAML: {problem}; correct it") from None
+def _sections_of(path: str) -> Mapping[str, Any]:
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -211,39 +189,80 @@ def _settings(values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
             raise ValueError(f"unknown key '{key}' in {where}{hint}")
     parse = build_parser().parse_object
     return {
-        key: _typed(key, partial(parse, {key: value}), f"{key}={value!r} in {where}")
+        key: _typed(key, partial(parse, {key: fit(value, _SETTINGS[key].type)}), value, where)
         for key, value in flat.items()
     }
 
 
-def _typed(
-    key: str, parse: Callable[..., Any], given: str, error: type[ValueError] = ValueError
-) -> Any:
-    """The value of a key that the parser finds, which must be of its type and finite."""
+def _of_flag(key: str, text: str) -> Any:
+    """The value of a flag; lists and mappings are written as in YAML."""
+    parser, flag = build_parser(), f"--{key}"
+    try:
+        if text.lstrip()[:1] in ("[", "{"):
+            value = fit(parse_yaml(text, where=flag), _SETTINGS[key].type)
+            return _typed(key, partial(parser.parse_object, {key: value}), text, flag)
+        return _typed(key, partial(parser.parse_args, [f"{flag}={text}"]), text, flag)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _typed(key: str, parse: Callable[..., Any], given: Any, where: str) -> Any:
+    """The value of a key that the parser finds, which must be of its type, finite and no giant.
+
+    Args:
+        key: The setting.
+        parse: Gives the settings that it finds.
+        given: What stands there, for the message.
+        where: In which file, or behind which flag.
+    """
+    kind = _SETTINGS[key].type
+    wanted = f"give {_describe(kind, given)}"
+    if where.startswith("--"):
+        shown = f"{where}={_shortened(given)}"
+    else:
+        shown = f"{key}={_shortened(repr(given))} in {where}"
+    if given == "" or (given is None and type(None) not in alternatives(kind)):
+        raise ValueError(f"{key} has nothing behind it in {where}; {wanted}, or leave the key out")
     try:
         value = parse(defaults=False)[key]
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{number} is not finite")
-        return value
     except (jsonargparse.ArgumentError, ValueError):
-        kind = _describe(_SETTINGS[key].type)
-        raise error(f"{given} has the wrong type; give {kind}") from None
+        raise ValueError(f"{shown} has the wrong type; {wanted}") from None
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{shown} is not finite; {wanted}")
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            raise ValueError(f"{shown} does not fit into 64 bits; give a smaller number")
+    return value
 
 
-def _describe(kind: Any) -> str:
-    """What to write for a type, in words."""
-    if kind is type(None):
-        return "null"
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(arguments)
-    if origin is tuple:
-        return f"{len(arguments)} numbers, such as [0.9, 0.95]"
-    if arguments:
-        return " or ".join(_describe(a) for a in arguments)
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    return names[kind]
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _describe(kind: Any, given: Any = None) -> str:
+    """What to write for a type, with an example, in words."""
+    options = alternatives(kind)
+    if len(options) > 1:
+        return " or ".join(_describe(each, given) for each in options)
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    is_short = isinstance(given, str) and len(given) < 80
+    return _example(kind, given if is_short else "one")
+
+
+def _example(kind: Any, item: str) -> str:
+    examples: dict[Any, str] = {
+        type(None): "null",
+        int: "a whole number such as 8",
+        float: "a finite number such as 0.1",
+        bool: "true or false",
+        str: "text such as runs/one",
+        tuple[float, float]: "2 numbers such as [0.9, 0.95]",
+        list[str]: f"a list such as [{item}]",
+        dict[str, float]: "weights such as {one: 0.7, two: 0.3}",
+        dict[str, str]: "names such as {one: data/one, two: data/two}",
+    }
+    return examples[kind]
 
 
 def _build(flat: Mapping[str, Any]) -> Config:

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.config.deepspeed_keys import ACCEPTED_KEYS, AUTO, REFUSED_KEYS, Kind, misfit
-from megagpt.config.dotted_keys import did_you_mean, leaves
+from megagpt.config.deepspeed_keys import (
+    ACCEPTED_KEYS,
+    AUTO,
+    REFUSED_KEYS,
+    Kind,
+    misfit,
+    refusal,
+    where_it_belongs,
+)
+from megagpt.config.dotted_keys import leaves
 from megagpt.config.refusals import Device, Facts, find_problems
 from megagpt.config.schema import Config
 
@@ -37,42 +45,6 @@ class ResolvedDeepSpeedConfig:
     """What works, but badly."""
 
 
-def read_ds_config(path: str) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON.
-
-    Raises:
-        ValueError: If it is not one JSON object, or a key stands twice in it.
-        OSError: If it cannot be read.
-    """
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in values:
-                raise ValueError(f"{path} gives the key '{key}' twice; keep one of them")
-            values[key] = value
-        return values
-
-    def no_constant(text: str) -> float:
-        raise ValueError(f"{path} holds {text}, which is not JSON; give a finite number")
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; name a JSON file for --ds_config") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} line {error.lineno} column {error.colno} is not valid JSON: {error.msg}; "
-            "correct it"
-        ) from None
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} holds a {type(values).__name__}, not an object; write {{...}} around its keys"
-        )
-    return values
-
-
 def resolve_ds_config(
     config: Config,
     ds_config: dict[str, Any],
@@ -87,7 +59,7 @@ def resolve_ds_config(
         config: The typed configuration; owns batch, precision, clipping, optimizer and schedule.
         ds_config: The JSON as it was written; owns ZeRO, offload and communication. Not modified.
         world_size: Ranks, over all parallel axes.
-        ds_config_path: Name of the JSON in error messages.
+        ds_config_path: Name of the JSON in error messages; empty where none was named.
         device: What the run trains on.
 
     Returns:
@@ -115,7 +87,8 @@ def resolve_ds_config(
     refusals, warnings = find_problems(facts)
     resolver.problems += refusals
     if resolver.problems:
-        raise ValueError(f"{ds_config_path}: " + "; ".join(resolver.problems))
+        where = f"{ds_config_path}: " if ds_config_path else ""
+        raise ValueError(where + "; ".join(resolver.problems))
     for section in ("optimizer", "scheduler"):
         # The trainer hands its own objects in; DeepSpeed would silently ignore these.
         resolver.values.pop(section, None)
@@ -162,29 +135,32 @@ class _Resolver:
             path = f"{prefix}{name}"
             kind = keys.get(name)
             problem = None
-            if path in REFUSED_KEYS:
-                problem = f"{path} is refused: {REFUSED_KEYS[path]}"
+            if value is None and (kind is not None or path in REFUSED_KEYS):
+                # What Accelerate and others write for "not given".
+                del section[name]
+            elif path in REFUSED_KEYS:
+                problem = f"{path} is refused: {refusal(path, value)}"
             elif kind is None:
-                hint = did_you_mean(name, keys, prefix)
-                # The name may be right and stand in the wrong section.
-                hint = hint or did_you_mean(name, leaves(ACCEPTED_KEYS, sections=ACCEPTED_KEYS))
                 rest = f"; the keys here are {', '.join(keys)}" if prefix else "; remove it"
-                problem = f"unknown key '{path}'{hint or rest}"
+                problem = f"unknown key '{path}'{where_it_belongs(name, keys, prefix) or rest}"
             elif isinstance(kind, dict):
-                if value is None or (value == AUTO and prefix == "" and name in _WHOLE_AUTO):
-                    # DeepSpeed takes null for "no section".
+                if value == AUTO and prefix == "" and name in _WHOLE_AUTO:
                     del section[name]
                 elif isinstance(value, dict):
                     self.check_keys(value, kind, prefix=f"{path}.")
                 else:
-                    problem = f"{path}={json.dumps(value)} has the wrong type; give an object"
+                    example = json.dumps({next(iter(kind)): "..."})
+                    problem = (
+                        f"{path}={json.dumps(value)} has the wrong type; give an object such as "
+                        f"{example}"
+                    )
             elif value != AUTO and (fitting := misfit(value, kind)):
                 problem = f"{path}={json.dumps(value)} is not allowed; give {fitting}"
             if problem:
                 self.problems.append(problem)
                 self.rejected.add(path)
                 del section[name]
-            elif kind == "int" and value != AUTO:
+            elif kind == "int" and name in section and value != AUTO:
                 section[name] = int(value)
 
     def get(self, path: str) -> Any:
@@ -237,6 +213,9 @@ class _Resolver:
             '(write "auto" in the JSON, or make them equal)'
         )
 
+
+_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+"""DeepSpeed's names of `optimizer.schedule`; wsd has none."""
 
 # Written as a whole: "optimizer": "auto".
 _WHOLE_AUTO = ("optimizer", "scheduler")
@@ -307,9 +286,7 @@ def _fill_optimizer(resolver: _Resolver, config: Config) -> None:
     for name in ("lr", "betas", "eps", "weight_decay"):
         compare(f"optimizer.params.{name}", getattr(optimizer, name), f"--optimizer.{name}")
 
-    schedules = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR"}
-    ours = schedules.get(optimizer.schedule, f"(none is equal to {optimizer.schedule})")
-    compare("scheduler.type", ours, f"--optimizer.schedule {optimizer.schedule}:")
+    _compare_schedules(resolver, optimizer.schedule)
     ratio = optimizer.min_lr / optimizer.lr
     for name, expected, owner in (
         ("warmup_min_lr", 0.0, "the warm-up's start"),
@@ -321,6 +298,22 @@ def _fill_optimizer(resolver: _Resolver, config: Config) -> None:
         ("total_num_steps", config.decay_steps, "--optimizer.decay_steps"),
     ):
         compare(f"scheduler.params.{name}", expected, owner)
+
+
+def _compare_schedules(resolver: _Resolver, ours: str) -> None:
+    """Names the schedule that a scheduler of the JSON is, where it is another one."""
+    theirs = resolver.get("scheduler.type")
+    if theirs is None:
+        return
+    equal = _SCHEDULES.get(theirs) if isinstance(theirs, str) else None
+    if theirs == AUTO:  # whatever it is, its settings are compared
+        resolver.values["scheduler"].pop("type")
+    elif equal != ours:
+        give = f"give --optimizer.schedule {equal}, or " if equal else ""
+        resolver.problems.append(
+            f"scheduler.type={json.dumps(theirs)} conflicts with --optimizer.schedule {ours} "
+            f'({give}write "auto" in the JSON)'
+        )
 
 
 def _fill_zero(resolver: _Resolver, config: Config) -> None:

@@ -6,7 +6,10 @@ Checked against the installed release by the tests. Imports nothing of DeepSpeed
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from megagpt.config.dotted_keys import did_you_mean
 
 AUTO = "auto"
 
@@ -226,6 +229,66 @@ REFUSED_KEYS: dict[str, str] = {
     ),
 }
 """Keys that DeepSpeed knows or knew and megagpt refuses, with reason and remedy."""
+
+RENAMED_KEYS: dict[str, str] = {
+    "thread_count": "aio.intra_op_parallelism",
+    "fp32_allreduce": "communication_data_type",
+    "allreduce_always_fp32": "communication_data_type",
+    "allreduce_bucket_size": "zero_optimization.reduce_bucket_size",
+    "zero_stage": "zero_optimization.stage",
+    "gradient_clip": "gradient_clipping",
+    "clip_grad": "gradient_clipping",
+    "max_grad_norm": "gradient_clipping",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
+    "global_batch_size": "train_batch_size",
+    "offload_optimizer_device": "zero_optimization.offload_optimizer.device",
+    "offload_optimizer_nvme_path": "zero_optimization.offload_optimizer.nvme_path",
+    "offload_param_device": "zero_optimization.offload_param.device",
+    "offload_param_nvme_path": "zero_optimization.offload_param.nvme_path",
+    "zero3_save_16bit_model": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+}
+"""Names of other releases and of other programs' files, with the key that does the same here."""
+
+
+def refusal(path: str, value: Any) -> str:
+    """Reason and remedy of a refused key, for its value: what only turns it off is removed."""
+    text = REFUSED_KEYS[path]
+    is_off = value is False or (isinstance(value, Mapping) and value.get("enabled") is False)
+    reason, _, remedy = text.rpartition("; ")
+    if is_off and not remedy.startswith("remove"):
+        return f"{reason}, and off already; remove it"
+    return text
+
+
+def where_it_belongs(name: str, keys: Mapping[str, Kind], prefix: str) -> str:
+    """A hint for a key that is not known in a section; empty where there is none.
+
+    First the key of that very name elsewhere or under its new name, then what is spelt like it.
+
+    Args:
+        name: The key.
+        keys: Those of the section.
+        prefix: The section's path with a dot, or empty.
+    """
+    everywhere = [*_paths(ACCEPTED_KEYS), *REFUSED_KEYS]
+    exact = [path for path in everywhere if path.rpartition(".")[2] == name]
+    exact += [f"{prefix}{key}" for key in keys if key == f"stage3_{name}"]
+    if name in RENAMED_KEYS:
+        exact.append(RENAMED_KEYS[name])
+    if exact:
+        places = " or ".join(f"'{path}'" for path in exact)
+        at_top = " at the top level" if exact == [name] else ""
+        return f"; did you mean {places}{at_top}?"
+    return did_you_mean(name, keys, prefix) or did_you_mean(name, everywhere)
+
+
+def _paths(keys: Mapping[str, Kind], prefix: str = "") -> Iterator[str]:
+    for name, kind in keys.items():
+        yield f"{prefix}{name}"
+        if isinstance(kind, dict):
+            yield from _paths(kind, f"{prefix}{name}.")
+
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "int": ((int, float), "a whole number"),

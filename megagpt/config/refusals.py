@@ -123,8 +123,8 @@ _TP = "choose a tensor_parallel_size that divides it"
 
 _OF_SETTINGS: tuple[Rule[Config], ...] = (
     Rule(
-        "warmup_steps that reach decay_steps, by default train_steps",
-        lambda c: c.optimizer.warmup_steps >= c.decay_steps,
+        "warmup_steps that reach decay_steps, by default train_steps, but with schedule=constant",
+        lambda c: c.optimizer.schedule != "constant" and c.optimizer.warmup_steps >= c.decay_steps,
         "warmup_steps={0.optimizer.warmup_steps} leaves nothing of decay_steps={0.decay_steps}",
         "the schedule goes on after its warm-up",
         "choose a shorter warm-up",

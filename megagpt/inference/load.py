@@ -99,6 +99,8 @@ def open_tokenizer(config: Config, given: str | None) -> Tokenizer:
     prefix, manifest = first_prefix(config.data), first_manifest(config.data)
     path = given or data_tokenizer_path(config.data)
     if path is None:
+        if prefix is None:
+            raise ValueError("the checkpoint names no data and no tokenizer; give --tokenizer PATH")
         raise ValueError(
             f"the data {prefix} that names the tokenizer is not here; run in the folder of the "
             "training, or give --tokenizer PATH"

@@ -119,7 +119,7 @@ def resolve_run(
         config,
         ds_config,
         world_size=world_size,
-        ds_config_path=sources["ds_config"],
+        ds_config_path=sources["ds_config"] if sources["ds_config"] != "default" else "",
         device=device,
     )
     degrees = {

@@ -26,7 +26,7 @@ from megagpt.checkpoint.format.shard_file import (
 from megagpt.checkpoint.format.slices import Slice
 from megagpt.config.command_line import config_from_dict
 from megagpt.config.schema import Config
-from megagpt.files import write_atomically
+from megagpt.files import decode_json, write_atomically
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 3
@@ -221,9 +221,9 @@ def read_links(directory: Path) -> Links | None:
         with (directory / MANIFEST_FILE).open("rb") as file:
             for _ in range(_LINK_LINES):
                 text = file.readline(_MAX_LINE_BYTES).decode().strip("{, \n")
-                values |= json.loads(f"{{{text}}}")
+                values |= decode_json(f"{{{text}}}")
         return _decode_links(values)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -231,10 +231,10 @@ def _verified(content: bytes, path: Path) -> dict[str, Any]:
     """The JSON, if its hash is its own."""
     try:
         text = content.decode()
-        values = json.loads(text)
+        values = decode_json(text)
         digest = values["sha256"]
         blank = text.replace(_DIGEST_KEY + digest, _DIGEST_KEY + _NO_DIGEST, 1)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise DamagedCheckpoint(f"{path} is damaged: it is not a manifest") from None
     if hashlib.sha256(blank.encode()).hexdigest() != digest:
         raise DamagedCheckpoint(f"{path} is damaged: its content has not the hash that it names")
@@ -244,11 +244,11 @@ def _verified(content: bytes, path: Path) -> dict[str, Any]:
 def _verified_head(head: bytes, path: Path) -> dict[str, Any]:
     """The JSON of the head, if the hash of the head is its own."""
     try:
-        values = json.loads(head.decode().rstrip(", \n") + "}")
+        values = decode_json(head.decode().rstrip(", \n") + "}")
         text = head.decode()
         for key in ("sha256", "head_sha256"):
             text = text.replace(f'"{key}": "{values[key]}', f'"{key}": "{_NO_DIGEST}', 1)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise DamagedCheckpoint(f"{path} is damaged: it is not a manifest") from None
     if hashlib.sha256(text.encode()).hexdigest() != values["head_sha256"]:
         raise DamagedCheckpoint(f"{path} is damaged: its head has not the hash that it names")

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from megagpt.files import decode_json
+
 BLOCK_BYTES = 8 << 20
 HASHES: dict[str, Callable[..., Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 """The first is what files are written with: it finds damage at the speed of memory, on any CPU.
@@ -294,12 +296,12 @@ class ShardReader:
         self._read_verified(8, memoryview(text))
         tensors: dict[str, tuple[int, int, np.dtype]] = {}
         try:
-            for name, entry in json.loads(text.decode()).items():
+            for name, entry in decode_json(bytes(text)).items():
                 begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
                 if not 0 <= begin <= end <= self.record.num_bytes:
                     raise ValueError(f"{name} lies outside of the file")
                 tensors[name] = (begin, end, _DTYPES[entry["dtype"]])
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise DamagedCheckpoint(f"{self.path} is not a safetensors file") from None
         return tensors
 

@@ -5,7 +5,6 @@ Knows nothing of our checkpoints; no pickle is ever opened. Next file: `convert.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ import torch
 
 from megagpt.checkpoint.directory import publish, staging_directory
 from megagpt.checkpoint.format.shard_file import safetensors_header
-from megagpt.files import flush_to_disk
+from megagpt.files import decode_json, flush_to_disk
 
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX_FILE = "model.safetensors.index.json"
@@ -111,7 +110,7 @@ class HuggingFaceFolder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes().decode())
+        values = decode_json(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(
             f"{path} is missing; give a folder that transformers' save_pretrained wrote"

@@ -6,7 +6,6 @@ Megatron ignores the file, and pairs made by Megatron have none.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 from megagpt.data.indexed.dataset import REMAKE, bin_path, idx_path, manifest_path
 from megagpt.data.indexed.writer import IndexedDatasetWriter
 from megagpt.data.tokenizers.protocol import BYTE_TOKENIZER, Tokenizer
-from megagpt.files import encode_json, write_atomically
+from megagpt.files import decode_json, encode_json, write_atomically
 
 FORMAT_VERSION = 2
 
@@ -131,10 +130,10 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     """
     path = manifest_path(prefix)
     try:
-        content = json.loads(path.read_bytes())
+        content = decode_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); {REMAKE}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import IO
 
 import zstandard
+
+from megagpt.files import decode_json
 
 COMPRESSIONS = (".gz", ".zst")
 _READ_BYTES = 1 << 20
@@ -160,9 +161,9 @@ def record_text(record: bytes, part: Part, json_key: str) -> str:
     if part.file_format == "text" or not record.strip():
         return text
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        detail = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        value = decode_json(text)
+    except ValueError as error:
+        detail = getattr(error, "msg", error)
         raise BadDocument(
             "invalid JSON",
             f"invalid JSON ({detail}); each line must be a JSON object, mend or remove it",

@@ -22,7 +22,7 @@ from megagpt.data.indexed.writer import IndexedDatasetWriter, WriterState, read_
 from megagpt.data.preprocessing.progress import Report
 from megagpt.data.preprocessing.shards import EncodedShard, OnError, PartCounts, Shard, shard_files
 from megagpt.data.tokenizers.protocol import Tokenizer
-from megagpt.files import flush_to_disk
+from megagpt.files import decode_json, flush_to_disk
 
 _COPY_ITEMS = 1 << 20
 _JOURNAL_VERSION = 1
@@ -187,9 +187,9 @@ class PartialPair:
 def _read_journal(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a journal; what a killed run wrote half is left out."""
     records: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         for line in path.read_text().splitlines():
-            records.append(json.loads(line))
+            records.append(decode_json(line))
     return records
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from megagpt.data.indexed.dataset import IndexedDataset, manifest_path
 from megagpt.data.samples.order import SampleIndex
-from megagpt.files import file_sha256, flush_to_disk
+from megagpt.files import decode_json, file_sha256, flush_to_disk
 
 _VERSION = 1
 _TEMPORARY = ".tmp"
@@ -108,7 +108,7 @@ def _open_entry(entry: Path) -> SampleIndex | None:
         index = SampleIndex(
             *(np.load(entry / f"{name}.npy", mmap_mode="r") for name in SampleIndex._fields)
         )
-        shapes = json.loads((entry / "shapes.json").read_text())
+        shapes = decode_json((entry / "shapes.json").read_text())
         if shapes == _shapes(index) and all(a.dtype == np.uint32 for a in index):
             return index
         reason = "of another form"

@@ -77,7 +77,7 @@ def test_ds_config_is_read_and_its_default_trains_in_bf16(tmp_path: Path) -> Non
         (["--training.precision", "bf17"], "give one of fp32, bf16, fp16"),
         (["--optimizer.lr", ".nan"], "give a finite number"),
         (["--optimizer.betas", "[0.9]"], "give 2 numbers"),
-        (["--model.num_kv_heads", "x"], "give a whole number or null"),
+        (["--model.num_kv_heads", "x"], "give a whole number such as 8 or null"),
         (["--model.bias"], "--model.bias has no value"),
         (["--model.bias", "--model.qk_norm"], "--model.bias has no value"),
         (["run.yaml"], "unexpected argument 'run.yaml'"),

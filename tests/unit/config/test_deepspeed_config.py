@@ -12,9 +12,9 @@ from megagpt.config.command_line import parse_config
 from megagpt.config.deepspeed_config import (
     ResolvedDeepSpeedConfig,
     format_resolved_table,
-    read_ds_config,
     resolve_ds_config,
 )
+from megagpt.config.deepspeed_json import read_ds_config
 from megagpt.config.schema import BatchConfig, Config, ModelConfig, OptimizerConfig, TrainingConfig
 
 DS_CONFIGS = sorted((Path(__file__).resolve().parents[3] / "ds_configs").glob("*.json"))
@@ -270,10 +270,11 @@ def test_every_mode_has_its_json() -> None:
     [
         ('{"a": 1, "a": 2}', "{} gives the key 'a' twice"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "gives the key 'stage' twice"),
-        ('{\n"a": 1,\n}', "{} line 3 column 1 is not valid JSON"),
+        ('{\n"a": 1,\n', "{} line 3 column 1 is not valid JSON"),
+        ('{"a": ' * 100_000, "{} is not valid JSON: its brackets are nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "{} is not valid JSON: a whole number has more than 4,300"),
+        ('{"a": 1e400}', "{} holds 1e400, which is too large"),
         ("[1]", "{} holds a list, not an object"),
-        ('{"a": NaN}', "{} holds NaN"),
-        ("", "{} line 1 column 1 is not valid JSON"),
     ],
 )
 def test_bad_json_is_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
