@@ -45,6 +45,11 @@ def main(arguments: list[str]) -> int | None:
     Raises:
         UsageError: If there is no such verb.
     """
+    for argument in arguments:
+        if not _is_text(argument):
+            raise UsageError(
+                f"argument {ascii(argument)} is not UTF-8 text; convert it, or rename the file"
+            )
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help"):
         width = max(map(len, VERBS))
@@ -67,8 +72,20 @@ def main(arguments: list[str]) -> int | None:
     options, rest = parser.parse_known_args(rest)
     if rest and "takes_rest" not in options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for name, value in vars(options).items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UsageError(f"--{name}={value} does not fit into 64 bits; give a smaller number")
     options.rest = rest
     return module.main(options)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument's bytes were UTF-8; Python keeps others as lone surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def module_of(verb: str) -> ModuleType:
@@ -84,6 +101,15 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", nargs="+", required=True, metavar="FILE", help=kinds)
     add("--format", default="auto", choices=["auto", "jsonl", "text"])
     add("--json_key", default="text", help="key of the text in JSONL")
+
+
+def add_error_arguments(parser: argparse.ArgumentParser) -> None:
+    """What becomes of bad documents."""
+    add = parser.add_argument
+    means = "what a bad document does: stop the command, or be left out and counted"
+    add("--on_error", default="fail", choices=["fail", "skip"], help=means)
+    means = "with --on_error skip: share of bad documents above which the command fails"
+    add("--largest_skipped_share", type=float, default=0.01, help=means)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, without_tokenizer: str = "") -> None:

@@ -12,7 +12,7 @@ from megagpt.config.command import UsageError
 from megagpt.config.schema import DataConfig
 from megagpt.data.preprocessing.progress import report_to_stderr
 from megagpt.files import write_json
-from megagpt.inference.evaluate import evaluate, read_split
+from megagpt.inference.evaluate import evaluate, read_split, validate
 from megagpt.inference.load import load
 
 
@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--split", help="train, valid, valid-NAME or test, which is the default")
     add("--data", metavar="PREFIX", help="all of another pair, not the run's data")
+    means = "the windows of the run's own validation, and its loss; of valid by default"
+    add("--as_validation", action="store_true", help=means)
     add("--json", type=Path, metavar="FILE", help="write the result here too")
     add("--stride", type=int, help="tokens between windows; default seq_length / 2")
     add("--batch_size", type=int, default=8, help="windows in one forward pass")
@@ -31,6 +33,10 @@ def main(options: argparse.Namespace) -> None:
     """Evaluates, prints and writes the result."""
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} must be at least 1; give more")
+    if options.as_validation and (options.data or options.stride is not None):
+        raise UsageError(
+            "--as_validation takes the run's data and windows; leave --data and --stride out"
+        )
     if options.data and options.split:
         raise UsageError(
             f"--data {options.data} is scored whole and --split={options.split} divides the run's "
@@ -40,19 +46,33 @@ def main(options: argparse.Namespace) -> None:
     loaded = load(options.checkpoint, tokenizer_path=options.tokenizer)
     half = max(1, loaded.config.model.seq_length // 2)
     stride = half if options.stride is None else options.stride
-    data, split = loaded.config.data, options.split or "test"
-    if options.data:
-        data = DataConfig(train_path=options.data, test_path=options.data)
-    tokens, text_bytes = read_split(data, split, loaded.tokenizer)
-    evaluation = evaluate(
-        loaded.model,
-        tokens,
-        text_bytes,
-        eod=loaded.tokenizer.eod,
-        stride=stride,
-        batch_size=options.batch_size,
-        report=report_to_stderr,
-    )
+    trained_on = loaded.config.data
+    if options.as_validation:
+        split, stride = options.split or "valid", loaded.config.model.seq_length
+        evaluation = validate(
+            loaded.model,
+            loaded.config,
+            split,
+            eod=loaded.tokenizer.eod,
+            batch_size=options.batch_size,
+            report=report_to_stderr,
+        )
+    else:
+        data, split = trained_on, options.split or "test"
+        if options.data:
+            data = DataConfig(train_path=options.data, test_path=options.data)
+        tokens, text_bytes = read_split(data, split, loaded.tokenizer)
+        evaluation = evaluate(
+            loaded.model,
+            tokens,
+            text_bytes,
+            eod=loaded.tokenizer.eod,
+            stride=stride,
+            batch_size=options.batch_size,
+            document_masking=trained_on.document_masking,
+            eod_mask_loss=trained_on.eod_mask_loss,
+            report=report_to_stderr,
+        )
     result = {
         "checkpoint": options.checkpoint,
         "step": loaded.step,
@@ -62,6 +82,8 @@ def main(options: argparse.Namespace) -> None:
         "seconds": time.monotonic() - begin,
     }
     for key, value in result.items():
+        if value is None:
+            continue
         print(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

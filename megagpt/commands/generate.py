@@ -47,6 +47,7 @@ def main(options: argparse.Namespace) -> None:
         seed=options.seed,
         num_samples=options.num_samples,
         num_tokens=tokenizer.vocab_size,
+        document_masking=loaded.config.data.document_masking,
     )
     for number, sample in enumerate(samples, 1):
         if len(samples) > 1:

@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 
-from megagpt.commands import add_text_arguments
+from megagpt.commands import add_error_arguments, add_text_arguments
 from megagpt.data.preprocessing.preprocess import preprocess
 from megagpt.data.preprocessing.progress import report_to_stderr
 
@@ -14,14 +14,11 @@ from megagpt.data.preprocessing.progress import report_to_stderr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     add_text_arguments(parser)
+    add_error_arguments(parser)
     add = parser.add_argument
     add("--output_prefix", required=True, help="writes PREFIX.bin, .idx and .manifest.json")
     add("--tokenizer", required=True, help="SentencePiece .model, tokenizer.json, or `byte`")
     add("--workers", type=int, default=1, help="processes that encode")
-    means = "what a bad document does: stop the command, or be left out and counted"
-    add("--on_error", default="fail", choices=["fail", "skip"], help=means)
-    means = "with --on_error skip: share of bad documents above which no pair is made"
-    add("--largest_skipped_share", type=float, default=0.01, help=means)
 
 
 def main(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ Imports the standard library only, so that a command starts at once.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -34,6 +35,10 @@ def run_command(main: Callable[[list[str]], int | None]) -> int:
         The exit code: main's, 1 for an error, 2 for a wrong command line, 130 when interrupted,
         141 when what reads the output has closed it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal's encoding has no character for is shown as \u1234.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()

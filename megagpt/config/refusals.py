@@ -137,6 +137,13 @@ _OF_SETTINGS: tuple[Rule[Config], ...] = (
         "the final decay begins after the warm-up",
         "choose fewer, or a shorter warm-up",
     ),
+    Rule(
+        "a seed of more than 32 bits with data.order=megatron",
+        lambda c: c.data.order == "megatron" and c.training.seed >= 2**32,
+        "seed={0.training.seed} with data.order=megatron",
+        "Megatron-LM's order takes 32 bits of it",
+        "choose a seed below 4294967296",
+    ),
 )
 
 _OF_LAYOUTS: tuple[Rule[Facts], ...] = (

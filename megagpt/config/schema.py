@@ -253,7 +253,7 @@ class TrainingConfig:
             "exit_step",
             "eval_samples",
         )
-        require_not_negative(self, "eval_interval", "max_nonfinite_steps")
+        require_not_negative(self, "seed", "eval_interval", "max_nonfinite_steps")
 
     def samples_of_evaluation(self, global_batch_size: int) -> int:
         """Validation samples per evaluation, after the default; there may be fewer."""

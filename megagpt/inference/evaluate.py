@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megagpt.config.schema import DataConfig
-from megagpt.data.datasets import documents_of, split_sources
+from megagpt.config.schema import Config, DataConfig
+from megagpt.data.datasets import build_datasets, documents_of, split_sources
 from megagpt.data.indexed.dataset import IndexedDataset
 from megagpt.data.indexed.manifest import read_manifest
-from megagpt.data.samples.masks import IGNORE_INDEX
+from megagpt.data.samples.masks import IGNORE_INDEX, document_boundaries, tokens_to_batch
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.model.gpt import GPTModel
 from megagpt.monitor.metrics import perplexity
@@ -38,12 +38,14 @@ class Evaluation:
     """Nats per token, ends of documents included."""
     perplexity: float
     """exp(loss), per token."""
-    bits_per_byte: float
+    bits_per_byte: float | None
     """All nats in bits, over the UTF-8 bytes of the text; comparable between tokenizers."""
     num_tokens: int
-    """Tokens scored: all of the split."""
-    text_bytes: int
+    """Tokens scored: all of the split, but what follows ends of documents under eod_mask_loss."""
+    text_bytes: int | None
     """UTF-8 bytes of the text."""
+    no_bits_per_byte: str | None = None
+    """Why bits_per_byte is left out."""
 
 
 def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
@@ -101,17 +103,21 @@ def evaluate(
     eod: int,
     stride: int,
     batch_size: int = 8,
+    document_masking: bool = False,
+    eod_mask_loss: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Scores all tokens of a split.
+    """Scores all tokens of a split, with documents as the model was trained on them.
 
     Args:
         model: Whole, at tp = 1.
         tokens: [n], int64; n >= 1.
         text_bytes: UTF-8 bytes of the text that they stand for.
-        eod: Stands before the first token.
+        eod: Ends documents, and stands before the first token.
         stride: Tokens that each window after the first scores, 1 to seq_length.
         batch_size: Windows in one forward pass.
+        document_masking: As `data.document_masking`.
+        eod_mask_loss: As `data.eod_mask_loss`.
         report: Called with a line of progress every 10 seconds.
 
     Raises:
@@ -122,38 +128,143 @@ def evaluate(
         raise ValueError(
             f"stride={stride} must lie between 1 and seq_length={seq_length}; give such a number"
         )
-    num_tokens = len(tokens)
-    inputs = np.concatenate([[eod], tokens[:-1]])  # [n]; inputs[i] stands before tokens[i]
-    size = min(seq_length, num_tokens)
-    ends = [size, *range(size + stride, num_tokens, stride)]
-    if ends[-1] != num_tokens:
-        ends.append(num_tokens)
+    all_tokens = np.concatenate([[eod], tokens])  # [n + 1]
+    size = min(seq_length, len(tokens))
+    ends = [size, *range(size + stride, len(tokens), stride)]
+    if ends[-1] != len(tokens):
+        ends.append(len(tokens))
     # Each of size tokens up to its end, with the first position that is scored.
     windows = [(e - size, b - (e - size)) for b, e in zip([0, *ends[:-1]], ends, strict=True)]
-    device = next(model.parameters()).device
-    total, begin, reported = 0.0, time.monotonic(), time.monotonic()
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        batch_inputs = np.stack([inputs[start : start + size] for start, _ in batch])
-        labels = np.stack([tokens[start : start + size] for start, _ in batch])  # [b, s]
-        for row, (_, num_scored_before) in enumerate(batch):
-            labels[row, :num_scored_before] = IGNORE_INDEX
-        losses = model(
-            torch.from_numpy(batch_inputs).to(device), torch.from_numpy(labels).to(device)
-        )  # [b, s]
-        total += losses.sum(dtype=torch.float64).item()
-        now = time.monotonic()
-        if report is not None and now - reported > _REPORT_SECONDS:
-            reported, share = now, (first + len(batch)) / len(windows)
-            report(
-                f"evaluated {share:.0%} of {num_tokens} tokens, "
-                f"{(now - begin) * (1 - share) / share:.0f} s left"
+
+    def batches() -> Iterator[tuple[np.ndarray, list[int]]]:
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size]
+            yield (
+                np.stack([all_tokens[start : start + size + 1] for start, _ in batch]),
+                [num_before for _, num_before in batch],
             )
-    loss = total / num_tokens
+
+    progress = _Progress(len(windows), report)
+    total, num_tokens = 0.0, 0
+    for samples, scored_from in batches():
+        nats, count = _nats(
+            model,
+            samples,
+            scored_from,
+            eod=eod,
+            document_masking=document_masking,
+            eod_mask_loss=eod_mask_loss,
+        )
+        total, num_tokens = total + nats, num_tokens + count
+        progress.add(len(samples))
+    loss = total / num_tokens if num_tokens else math.nan
+    reason = "eod_mask_loss leaves the first token of each document out" if eod_mask_loss else None
     return Evaluation(
         loss=loss,
         perplexity=perplexity(loss),
-        bits_per_byte=total / math.log(2) / text_bytes,
+        bits_per_byte=None if reason else total / math.log(2) / text_bytes,
         num_tokens=num_tokens,
         text_bytes=text_bytes,
+        no_bits_per_byte=reason,
     )
+
+
+@torch.no_grad()
+def validate(
+    model: GPTModel,
+    config: Config,
+    split: str,
+    *,
+    eod: int,
+    batch_size: int = 8,
+    report: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """The loss over the windows of the run's own validation, which it logs.
+
+    Args:
+        model: Whole, at tp = 1.
+        config: Of the run.
+        split: valid, valid-NAME or test.
+        eod: Ends documents.
+        batch_size: Windows in one forward pass.
+        report: Called with a line of progress every 10 seconds.
+
+    Raises:
+        ValueError: If the run has no such split, or it is training's, whose windows are drawn.
+    """
+    datasets = build_datasets(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.training.seed,
+        vocab_size=config.model.vocab_size,
+        train_samples=config.training.train_steps * config.batch.global_batch_size,
+    )
+    names = [name for name in datasets if name != "train"]
+    if split not in names:
+        raise ValueError(
+            f"the run validates on no {split} data; choose --split from "
+            f"{', '.join(names) or 'none'}"
+        )
+    dataset = datasets[split]
+    count = min(len(dataset), config.training.samples_of_evaluation(config.batch.global_batch_size))
+    progress = _Progress(count, report)
+    total, num_tokens = 0.0, 0
+    for first in range(0, count, batch_size):
+        samples = dataset.gather(list(range(first, min(first + batch_size, count))))
+        nats, scored = _nats(
+            model,
+            samples,
+            [0] * len(samples),
+            eod=eod,
+            document_masking=config.data.document_masking,
+            eod_mask_loss=config.data.eod_mask_loss,
+        )
+        total, num_tokens = total + nats, num_tokens + scored
+        progress.add(len(samples))
+    loss = total / num_tokens if num_tokens else math.nan
+    reason = "the windows of a validation need not be the whole text"
+    return Evaluation(loss, perplexity(loss), None, num_tokens, None, reason)
+
+
+def _nats(
+    model: GPTModel,
+    samples: np.ndarray,
+    scored_from: list[int],
+    *,
+    eod: int,
+    document_masking: bool,
+    eod_mask_loss: bool,
+) -> tuple[float, int]:
+    """Nats of samples [b, s + 1], each scored from a position on; and how many tokens those are."""
+    inputs, labels = tokens_to_batch(samples, masked_after=eod if eod_mask_loss else None)
+    for row, begin in enumerate(scored_from):
+        labels[row, :begin] = IGNORE_INDEX
+    device = next(model.parameters()).device
+    positions = None
+    if document_masking:
+        positions = torch.from_numpy(document_boundaries(inputs, eod)[0]).to(device)
+    losses = model(
+        torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device), positions
+    )  # [b, s]
+    return losses.sum(dtype=torch.float64).item(), int((labels != IGNORE_INDEX).sum())
+
+
+class _Progress:
+    """A line every 10 seconds."""
+
+    def __init__(self, num_windows: int, report: Callable[[str], None] | None) -> None:
+        self._num_windows = num_windows
+        self._report = report
+        self._begin = self._reported = time.monotonic()
+        self._done = 0
+
+    def add(self, num_windows: int) -> None:
+        self._done += num_windows
+        now = time.monotonic()
+        if self._report is None or now - self._reported < _REPORT_SECONDS:
+            return
+        self._reported, share = now, self._done / self._num_windows
+        self._report(
+            f"evaluated {share:.0%} of {self._num_windows} windows, "
+            f"{(now - self._begin) * (1 - share) / share:.0f} s left"
+        )

@@ -16,13 +16,15 @@ import torch
 from megagpt.model.attention import KVCache
 from megagpt.model.gpt import GPTModel
 
+_GREEDY_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn; temperature first, then top_k, then top_p."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Divides the logits; 0, and what is as good as 0, is greedy."""
     top_k: int = 0
     """Only this many of the likeliest tokens; 0 is all."""
     top_p: float = 1.0
@@ -53,7 +55,13 @@ def next_token_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.
     Source: top-p is Holtzman et al. 2020, https://arxiv.org/abs/1904.09751, section 3.1; the token
     that crosses top_p is kept, so at least one is.
     """
-    if sampling.temperature == 0:
+    if not logits.isfinite().all():
+        raise ValueError(
+            "the model gives logits that are not finite (NaN or infinity), so its weights are not "
+            "or overflow; take an older checkpoint (megagpt checkpoint inspect)"
+        )
+    # Below this the likeliest token has all of the probability, and the quotient overflows.
+    if sampling.temperature < _GREEDY_TEMPERATURE:
         likeliest = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
     probabilities = (logits / sampling.temperature).softmax(dim=-1)
@@ -80,6 +88,7 @@ def generate(
     seed: int = 0,
     num_samples: int = 1,
     num_tokens: int | None = None,
+    document_masking: bool = False,
 ) -> list[list[int]]:
     """Samples continuations of a prompt.
 
@@ -93,6 +102,8 @@ def generate(
         eod: A sample stops at this token, which is left out.
         seed: The same seed gives the same samples.
         num_samples: Continuations of the one prompt.
+        document_masking: Whether the model was trained to see nothing before a document, not even
+            the end of document that an empty prompt stands for.
         num_tokens: Only ids below this are drawn; default the model's vocabulary.
 
     Returns:
@@ -104,6 +115,8 @@ def generate(
     for name, count in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
         if count < 1:
             raise ValueError(f"{name}={count} must be at least 1; give a positive number")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} does not fit into 64 bits; give a smaller number")
     vocab_size = model.lm_head.vocab_size
     for token in prompt:
         if not 0 <= token < vocab_size:
@@ -120,7 +133,7 @@ def generate(
     running = set(range(num_samples))
     cache: KVCache | None = None
     window_start, num_cached = 0, 0
-    for _ in range(max_new_tokens):
+    for number in range(max_new_tokens):
         end = tokens.shape[1]
         if end - window_start > seq_length:
             window_start, cache = end - max(1, seq_length // 2), None
@@ -140,4 +153,6 @@ def generate(
         if not running:
             break
         tokens = torch.cat([tokens, drawn.to(device)], dim=1)
+        if document_masking and not prompt and number == 0:
+            tokens, cache = tokens[:, 1:], None
     return new_tokens

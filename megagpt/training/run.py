@@ -308,7 +308,22 @@ def _load_path(config: Config) -> Path | None:
     return None
 
 
+_FOLDERS = ("checkpoints", "tensorboard", "nvme")
+_FILES = ("resolved_config.yaml", "resolved_config.txt", "resolved_ds_config.json")
+
+
 def _require_writable(directory: Path) -> None:
+    """Refuses a run folder that the run would fail to write later, with its ranks together."""
+    for names, is_wrong, kind in (
+        (_FOLDERS, Path.is_file, "folder"),
+        (_FILES, Path.is_dir, "file"),
+    ):
+        for path in (directory / name for name in names):
+            if is_wrong(path):
+                raise ValueError(
+                    f"{path} is in the way of the run's {kind} of that name; move it away or "
+                    "name another --output_dir"
+                )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable_{os.getpid()}"

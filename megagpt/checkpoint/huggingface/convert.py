@@ -134,7 +134,7 @@ def import_checkpoint(source: Path, output: Path) -> Path:
 
     Raises:
         ValueError: If the run folder exists, our model cannot compute theirs, or tensors are
-            missing, unknown or of another shape or type than config.json means.
+            missing, unknown, not finite or of another shape or type than config.json means.
         OSError: If something cannot be read or written.
     """
     with HuggingFaceFolder(source) as folder:
@@ -150,7 +150,13 @@ def import_checkpoint(source: Path, output: Path) -> Path:
 
         def read(name: str) -> np.ndarray:
             tensor, part = sources[name]
-            return _to_ours(folder, names[tensor.theirs], tensor, part)
+            values = _to_ours(folder, names[tensor.theirs], tensor, part)
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{source} has {names[tensor.theirs]} with values that are not finite (NaN or "
+                    "infinity); a model of them gives no loss, fetch it again or take another one"
+                )
+            return values
 
         with staged(output) as staging:
             tokenizer = next((n for n in _TOKENIZERS if (source / n).is_file()), None)

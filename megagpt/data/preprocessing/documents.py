@@ -10,7 +10,7 @@ import glob
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,7 @@ from megagpt.files import decode_json
 COMPRESSIONS = (".gz", ".zst")
 _READ_BYTES = 1 << 20
 _PACKED_BYTES = 1 << 16  # unpacked at once: text seldom packs to less than a hundredth
+_LARGEST_WINDOW = 1 << 31  # of zstd --long=31, its largest; taken as far as the frame asks
 _BOM = b"\xef\xbb\xbf"
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text", ".md": "text"}
 
@@ -198,9 +199,20 @@ def record_text(record: bytes, part: Part, json_key: str) -> str:
 
 
 def read_documents(
-    paths: Sequence[str | Path], *, file_format: str = "auto", json_key: str = "text"
+    paths: Sequence[str | Path],
+    *,
+    file_format: str = "auto",
+    json_key: str = "text",
+    on_bad: Callable[[str, BadDocument], None] | None = None,
 ) -> Iterator[str]:
     """All documents of files, those without text left out.
+
+    Args:
+        paths: Files or globs.
+        file_format: `jsonl`, `text`, or `auto` for by suffix.
+        json_key: Key of the text in JSONL.
+        on_bad: Receives each bad document, with its place and fault in words, and its error;
+            default: the first one is raised.
 
     Raises:
         ValueError: For what is wrong in a file, with `file:line`.
@@ -211,7 +223,11 @@ def read_documents(
             try:
                 text = record_text(record, part, json_key)
             except BadDocument as error:
-                raise ValueError(f"{path}:{number + error.line}: {error}") from error
+                told = f"{path}:{number + error.line}: {error}"
+                if on_bad is None:
+                    raise ValueError(told) from error
+                on_bad(told, error)
+                continue
             if text and not text.isspace():
                 yield text
 
@@ -224,17 +240,23 @@ def _unpacked(path: str, file: IO[bytes]) -> Iterator[bytes]:
             while content := unpacked.read1(_READ_BYTES):
                 yield content
             return
+        unpacker = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         frame = None
         while packed := file.read(_PACKED_BYTES):
             while packed:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame = frame or unpacker.decompressobj()
                 yield frame.decompress(packed)
                 packed = b""
                 if frame.eof:
                     packed, frame = frame.unused_data, None
         if frame is not None:  # zstandard itself takes a cut frame for a short one
             raise EOFError("it ends inside a frame")
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+        if "memory" in str(error):  # zstandard's word for a window above its bound
+            raise ValueError(
+                f"input {path} needs a window of more than {_LARGEST_WINDOW >> 30} GiB to be "
+                f"unpacked ({error}); pack it again with zstd --long=31 or less"
+            ) from error
         raise ValueError(
             f"input {path} is cut off or damaged ({error}); fetch or pack it again"
         ) from error

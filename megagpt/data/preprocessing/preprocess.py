@@ -64,11 +64,7 @@ def preprocess(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1; give a positive number")
-    if not 0 <= largest_skipped_share <= 1:
-        raise ValueError(
-            f"largest_skipped_share={largest_skipped_share} must lie between 0 and 1; "
-            "give such a share"
-        )
+    require_share("largest_skipped_share", largest_skipped_share)
     report = report or (lambda line: None)
     files = [(path, resolve_format(path, file_format)) for path in expand_inputs(inputs)]
     tokenizer = load_tokenizer(tokenizer_path)
@@ -86,7 +82,7 @@ def preprocess(
         for encoded in encode_in_order(job, todo, workers=min(workers, max(len(todo), 1))):
             pair.append(encoded)
             progress.add(shards[encoded.number].num_bytes)
-        _require_acceptable(pair.skipped, writer.num_documents, largest_skipped_share)
+        require_acceptable(pair.skipped, writer.num_documents, largest_skipped_share)
         if identify() != identity:
             raise ValueError("an input changed while it was read; run again when all are whole")
         manifest = publish_pair(
@@ -110,7 +106,18 @@ def preprocess(
     return manifest
 
 
-def _require_acceptable(skipped: Mapping[str, int], num_documents: int, share: float) -> None:
+def require_share(name: str, share: float) -> None:
+    """Refuses what is no share."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name}={share} must lie between 0 and 1; give such a share")
+
+
+def require_acceptable(skipped: Mapping[str, int], num_documents: int, share: float) -> None:
+    """Refuses an input without text, or with more bad documents than a share of all.
+
+    Raises:
+        ValueError: With their number by reason.
+    """
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if num_documents == 0:
         raise ValueError(f"the input holds no text ({counts}); give files with text")

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from megagpt.data.preprocessing.documents import (
     BadDocument,
@@ -76,6 +78,21 @@ class EncodedShard:
     error: tuple[int, int, str] | None = None
     """The same of the document that ended the shard, with on_error=fail."""
 
+    def leave_out(self, reason: str, where: tuple[int, int, str]) -> None:
+        """Counts a document that is left out, and keeps the first ones."""
+        self.skipped[reason] += 1
+        if len(self.faults) < _LISTED:
+            self.faults.append(where)
+
+
+class _Document(NamedTuple):
+    text: str
+    num_bytes: int
+    part: int
+    """Number of its part in the shard."""
+    line: int
+    """In the part, from 1."""
+
 
 def plan_shards(files: Sequence[tuple[str, str]], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
     """Divides files among shards: large JSONL by ranges of bytes, small files several a shard.
@@ -115,14 +132,41 @@ def encode_shard(job: EncodingJob, shard: Shard, encoder: DocumentEncoder) -> En
     tokens_file, lengths_file = shard_files(job.directory, shard.number)
     with tokens_file.open("wb") as tokens_out, lengths_file.open("wb") as lengths_out:
         for batch in _batches(_texts(job, shard, result)):
-            tokens, lengths = encoder.encode(batch)
+            encoded = _encoded(job, batch, encoder, result)
+            if encoded is None:
+                break
+            tokens, lengths = encoded
             tokens_out.write(tokens.tobytes())
             lengths_out.write(lengths.astype("<i4").tobytes())
     return result
 
 
-def _texts(job: EncodingJob, shard: Shard, result: EncodedShard) -> Iterator[tuple[str, int]]:
-    """Documents with text and their bytes, counted as they pass."""
+def _encoded(
+    job: EncodingJob, batch: list[_Document], encoder: DocumentEncoder, result: EncodedShard
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens and lengths; what the tokenizer cannot encode is a bad document. None ends the job."""
+    try:
+        return encoder.encode([document.text for document in batch])
+    except ValueError:  # of one of them
+        pass
+    texts = []
+    for document in batch:
+        try:
+            encoder.encode([document.text])
+            texts.append(document.text)
+        except ValueError as fault:
+            where = (document.part, document.line, str(fault))
+            if job.on_error == "fail":
+                result.error = where
+                return None
+            result.leave_out("not encodable", where)
+            result.text_bytes -= document.num_bytes
+            result.parts[document.part].num_documents -= 1
+    return encoder.encode(texts)
+
+
+def _texts(job: EncodingJob, shard: Shard, result: EncodedShard) -> Iterator[_Document]:
+    """Documents with text, counted as they pass."""
     for number, part in enumerate(shard.parts):
         counts = PartCounts()
         result.parts.append(counts)
@@ -135,9 +179,7 @@ def _texts(job: EncodingJob, shard: Shard, result: EncodedShard) -> Iterator[tup
                 if job.on_error == "fail":
                     result.error = where
                     return
-                result.skipped[fault.reason] += 1
-                if len(result.faults) < _LISTED:
-                    result.faults.append(where)
+                result.leave_out(fault.reason, where)
                 continue
             if not text or text.isspace():
                 result.skipped[NO_TEXT] += 1
@@ -145,15 +187,15 @@ def _texts(job: EncodingJob, shard: Shard, result: EncodedShard) -> Iterator[tup
             num_bytes = len(text) if text.isascii() else len(text.encode())
             counts.num_documents += 1
             result.text_bytes += num_bytes
-            yield text, num_bytes
+            yield _Document(text, num_bytes, number, counts.num_lines)
 
 
-def _batches(texts: Iterator[tuple[str, int]]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
+    batch: list[_Document] = []
     size = 0
-    for text, num_bytes in texts:
-        batch.append(text)
-        size += num_bytes
+    for document in documents:
+        batch.append(document)
+        size += document.num_bytes
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -71,9 +71,25 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end of document."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"tokenizer {self.path} cannot encode {_beginning(text)} ({error}); mend it, or "
+                "take one that has a token for every text"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens give none."""
         tokens = require_tokens(ids, self.vocab_size)
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        try:
+            return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer {self.path} cannot decode tokens {_beginning(str(tokens))} ({error}); "
+                "mend its decoder"
+            ) from error
+
+
+def _beginning(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

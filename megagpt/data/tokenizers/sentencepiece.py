@@ -110,10 +110,17 @@ def train_sentencepiece(
         ValueError: If the vocabulary is too small or too large for the text, or there is no text.
     """
     model = io.BytesIO()
-    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    faults: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from (line for text in texts for line in text.split("\n") if line.strip())
+        except Exception as fault:  # SentencePiece would end with an error of its own instead
+            faults.append(fault)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -133,7 +140,10 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(_training_error(str(error), vocab_size)) from error
+        if not faults:
+            raise ValueError(_training_error(str(error), vocab_size)) from error
+    if faults:
+        raise faults[0]
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, model.getvalue())

@@ -13,6 +13,7 @@ from megagpt.config.schema import (
     BatchConfig,
     CheckpointConfig,
     Config,
+    DataConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -31,6 +32,8 @@ def facts(
     json=(),
     checkpoint=None,
     optimizer=None,
+    seed=0,
+    order="epoch",
     **settings,
 ):
     model = {k: v for k, v in settings.items() if k in ModelConfig.__dataclass_fields__}
@@ -40,7 +43,8 @@ def facts(
         parallel=ParallelConfig(**parallel),
         batch=BatchConfig(micro_batch_size=micro, global_batch_size=32),
         optimizer=optimizer or OptimizerConfig(),
-        training=TrainingConfig(precision=precision),
+        training=TrainingConfig(precision=precision, seed=seed),
+        data=DataConfig(order=order),
         checkpoint=checkpoint or CheckpointConfig(),
     )
     values = {"zero_optimization": zero or {"stage": 1}, **dict(json)}
@@ -56,6 +60,10 @@ OF_SETTINGS = {
     "wsd_decay_steps longer": (
         facts(optimizer=OptimizerConfig(warmup_steps=50, wsd_decay_steps=51, **WSD)),
         ["wsd_decay_steps=51", "warmup_steps=50", "decay_steps=100", "choose fewer"],
+    ),
+    "a seed of more than 32 bits": (
+        facts(seed=2**32, order="megatron"),
+        ["seed=4294967296 with data.order=megatron", "choose a seed below"],
     ),
 }
 TP, PP = "tensor_parallel_size", "pipeline_parallel_size"
@@ -152,7 +160,7 @@ def test_settings_that_exclude_each_other_are_refused_when_they_are_read(name, t
     example, words = OF_SETTINGS[name]
     values = config_to_dict(example.config)
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"optimizer": values["optimizer"]}))
+    path.write_text(yaml.safe_dump({k: values[k] for k in ("optimizer", "training", "data")}))
     for read in (
         lambda: refuse_settings(example.config),
         lambda: parse_config(["--config", str(path), "--ds_config", "is not opened.json"]),

@@ -88,6 +88,22 @@ def test_a_weight_beyond_fp16_is_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_weight_that_is_not_finite_is_named(name, value, tmp_path):
+    theirs = saved(MODELS[name](), tmp_path / "theirs")
+    path = theirs / "model.safetensors"
+    weights = load_file(path)
+    for tensor in weights:
+        damaged = {key: each.clone() for key, each in weights.items()}
+        damaged[tensor].view(-1)[-1] = value
+        save_file(damaged, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="not finite|tie") as error:
+            import_checkpoint(theirs, tmp_path / "run")
+        assert tensor in str(error.value)
+        assert not (tmp_path / "run").exists()
+
+
 def test_what_is_there_is_not_touched(tmp_path):
     step = our_checkpoint(tmp_path / "run")
     (tmp_path / "theirs").mkdir()
