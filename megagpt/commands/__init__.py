@@ -117,3 +117,4 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, without_tokenizer: s
     add = parser.add_argument
     add("--checkpoint", required=True, help="run folder or step_* folder")
     add("--tokenizer", help=f"default: that of the run's data{without_tokenizer}")
+    add("--eod", metavar="TOKEN", help="what ends documents, where the run's data is not here")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megagpt.config.command_line import parse_config
-from megagpt.data.datasets import data_tokenizer_path
+from megagpt.data.datasets import data_tokenizer_path, first_manifest
 from megagpt.data.describe import (
     blend_shares,
     draw_histogram,
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = commands.add_parser("adopt", help="write the manifest of a pair made elsewhere")
     command.add_argument("prefix")
     command.add_argument("--tokenizer", required=True, help="the one that it was made with")
+    command.add_argument("--eod", metavar="TOKEN", help="what ends documents; default: its own")
     command.set_defaults(run=_adopt)
 
     command = commands.add_parser(
@@ -88,7 +89,7 @@ def _inspect(options: argparse.Namespace) -> None:
             print(f"left out: {count} {reason}")
         for source in manifest.sources:
             print(f"from: {source.path}, {source.num_bytes} bytes, sha256 {source.sha256}")
-        tokenizer = load_tokenizer(manifest.tokenizer_path)
+        tokenizer = load_tokenizer(manifest.tokenizer_path, eod=manifest.eod)
     bins = length_histogram(indexed)
     print("\n".join(histogram_lines(bins)))
     if options.picture is not None:
@@ -115,7 +116,7 @@ def _split(options: argparse.Namespace) -> None:
 
 
 def _adopt(options: argparse.Namespace) -> None:
-    manifest = adopt(options.prefix, options.tokenizer)
+    manifest = adopt(options.prefix, options.tokenizer, eod=options.eod)
     share = ends_with_eod(IndexedDataset(options.prefix), manifest.eod)
     print(
         f"{options.prefix}: manifest written; {share:.0%} of the documents end with token "
@@ -134,8 +135,9 @@ def _blend(options: argparse.Namespace) -> None:
 
 def _locate(options: argparse.Namespace) -> None:
     config, _, _ = parse_config(options.rest)
-    path = data_tokenizer_path(config.data)
-    tokenizer = load_tokenizer(path) if path is not None else None
+    path, manifest = data_tokenizer_path(config.data), first_manifest(config.data)
+    eod = manifest.eod if manifest is not None else None
+    tokenizer = load_tokenizer(path, eod=eod) if path is not None else None
     for piece in locate(config, options.step):
         print(
             f"sample {piece.sample} row {piece.row}: {piece.prefix} document {piece.document} "

@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> None:
             "data; leave one of them out"
         )
     begin = time.monotonic()
-    loaded = load(options.checkpoint, tokenizer_path=options.tokenizer)
+    loaded = load(options.checkpoint, tokenizer_path=options.tokenizer, eod=options.eod)
     half = max(1, loaded.config.model.seq_length // 2)
     stride = half if options.stride is None else options.stride
     trained_on = loaded.config.data

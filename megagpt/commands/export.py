@@ -26,5 +26,6 @@ def main(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         max_shard_gib=options.max_shard_gib,
         tokenizer_path=options.tokenizer,
+        eod=options.eod,
     )
     print(f"wrote {options.output}; {note}")

@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    loaded = load(options.checkpoint, tokenizer_path=options.tokenizer)
+    loaded = load(options.checkpoint, tokenizer_path=options.tokenizer, eod=options.eod)
     tokenizer = loaded.tokenizer
     prompt = tokenizer.encode(options.prompt)
     samples = generate(

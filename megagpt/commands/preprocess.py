@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output_prefix", required=True, help="writes PREFIX.bin, .idx and .manifest.json")
     add("--tokenizer", required=True, help="SentencePiece .model, tokenizer.json, or `byte`")
+    add("--eod", metavar="TOKEN", help="token that ends documents; default: the tokenizer's own")
     add("--workers", type=int, default=1, help="processes that encode")
 
 
@@ -29,6 +30,7 @@ def main(options: argparse.Namespace) -> None:
         options.input,
         options.output_prefix,
         tokenizer_path=options.tokenizer,
+        eod=options.eod,
         file_format=options.format,
         json_key=options.json_key,
         workers=options.workers,

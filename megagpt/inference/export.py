@@ -27,6 +27,7 @@ def export(
     dtype: WeightType = "fp32",
     max_shard_gib: float = 5.0,
     tokenizer_path: str | None = None,
+    eod: str | None = None,
 ) -> str:
     """Writes the folder, with the tokenizer where transformers has its like.
 
@@ -36,6 +37,7 @@ def export(
         dtype: Of the weights.
         max_shard_gib: Size of one file of weights.
         tokenizer_path: Where the tokenizer is now, or `none`; default: the one of the run's data.
+        eod: Name of the token that ends documents, where the data does not tell.
 
     Returns:
         What became of the tokenizer, for the user.
@@ -46,18 +48,18 @@ def export(
     if not 0 < max_shard_gib < float("inf"):
         raise ValueError(f"max_shard_gib={max_shard_gib} must be above 0; give for example 5")
     files: dict[str, bytes] = {}
-    eod, note = None, "without a tokenizer"
+    eos, note = None, "without a tokenizer"
     if tokenizer_path != "none":
         config = newest_state(checkpoint).config
-        tokenizer = open_tokenizer(config, tokenizer_path)
-        eod = tokenizer.eod
+        tokenizer = open_tokenizer(config, tokenizer_path, eod=eod)
+        eos = tokenizer.eod
         files, note = tokenizer_files(tokenizer, model_max_length=config.model.seq_length)
     export_checkpoint(
         checkpoint,
         output,
         dtype=dtype,
         max_shard_bytes=max(1, int(max_shard_gib * (1 << 30))),
-        eos_token_id=eod,
+        eos_token_id=eos,
         files=files,
     )
     return note

@@ -68,30 +68,34 @@ def build_model(config: Config, weights: dict[str, torch.Tensor]) -> GPTModel:
     return model.requires_grad_(False).eval()
 
 
-def load(checkpoint: Path | str, *, tokenizer_path: str | None = None) -> LoadedModel:
+def load(
+    checkpoint: Path | str, *, tokenizer_path: str | None = None, eod: str | None = None
+) -> LoadedModel:
     """Opens a checkpoint for inference.
 
     Args:
         checkpoint: Run folder (its newest step) or step folder.
         tokenizer_path: Where the tokenizer is now; default: the one of the run's data.
+        eod: Name of the token that ends documents, where the data does not tell.
 
     Raises:
         ValueError: If there is no whole checkpoint, or its tokenizer is missing or another one.
     """
     state, weights = load_weights(checkpoint)
-    tokenizer = open_tokenizer(state.config, tokenizer_path)
+    tokenizer = open_tokenizer(state.config, tokenizer_path, eod=eod)
     # The accelerator that DeepSpeed would take.
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     model = build_model(state.config, weights).to("cpu" if on_cpu else "cuda")
     return LoadedModel(model, tokenizer, state.config, state.step)
 
 
-def open_tokenizer(config: Config, given: str | None) -> Tokenizer:
+def open_tokenizer(config: Config, given: str | None, *, eod: str | None = None) -> Tokenizer:
     """The tokenizer of a trained model, checked against its data, where that is here, and its size.
 
     Args:
         config: As trained.
         given: Where the tokenizer is now; None: where the configuration or the data name it.
+        eod: Name of the token that ends documents, where the data does not tell.
 
     Raises:
         ValueError: If it is nowhere, or another one.
@@ -110,7 +114,7 @@ def open_tokenizer(config: Config, given: str | None) -> Tokenizer:
             f"{path} is not the tokenizer that {prefix} was made with (its hash differs); "
             "give that one, --tokenizer PATH"
         )
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, eod=manifest.eod if manifest is not None else eod)
     assert config.model.vocab_size is not None, "checkpoints hold the resolved configuration"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(

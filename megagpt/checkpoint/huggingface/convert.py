@@ -58,6 +58,7 @@ MODEL_FILE = "model.yaml"
 """The settings of an imported model, for the run that trains it on."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -161,7 +162,9 @@ def import_checkpoint(source: Path, output: Path) -> Path:
         with staged(output) as staging:
             tokenizer = next((n for n in _TOKENIZERS if (source / n).is_file()), None)
             if tokenizer is not None:
-                write_file(staging / tokenizer, (source / tokenizer).read_bytes())
+                for name in (tokenizer, _TOKENIZER_CONFIG):
+                    if (source / name).is_file():
+                        write_file(staging / name, (source / name).read_bytes())
             state = CheckpointState(
                 step=0,
                 consumed_samples=0,

@@ -185,4 +185,9 @@ def require_one_tokenizer(
                 f"({manifest.tokenizer_sha256[:12]}, {first.tokenizer_sha256[:12]}); preprocess "
                 "both with one"
             )
+        if manifest.eod != first.eod:
+            raise ValueError(
+                f"documents of {prefix} end with token {manifest.eod}, those of {first_prefix} "
+                f"with {first.eod}; make both with one --eod"
+            )
     return known[0] if known else None

@@ -98,19 +98,20 @@ def split(prefix: str | Path, shares: str, output_prefix: str | Path) -> dict[st
     return made
 
 
-def adopt(prefix: str | Path, tokenizer_path: str | Path) -> Manifest:
+def adopt(prefix: str | Path, tokenizer_path: str | Path, *, eod: str | None = None) -> Manifest:
     """Writes the manifest of a pair that another trainer made.
 
     Args:
         prefix: The pair.
         tokenizer_path: The tokenizer that it was made with, see `load_tokenizer`.
+        eod: Name of the token that ends documents; default: what the tokenizer says.
 
     Raises:
         ValueError: If it has a manifest, is damaged, or cannot be of that tokenizer.
     """
     if manifest_path(prefix).is_file():
         raise ValueError(f"{manifest_path(prefix)} exists; remove it to have it written anew")
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, eod=eod)
     verify(prefix, vocab_size=tokenizer.vocab_size)
     indexed = IndexedDataset(prefix)
     bin_crc32, largest_token = checksums(indexed)

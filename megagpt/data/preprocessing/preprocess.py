@@ -36,6 +36,7 @@ def preprocess(
     output_prefix: str | Path,
     *,
     tokenizer_path: str | Path,
+    eod: str | None = None,
     file_format: str = "auto",
     json_key: str = "text",
     workers: int = 1,
@@ -49,6 +50,7 @@ def preprocess(
         inputs: JSONL or text files, plain or packed (.gz, .zst), or globs of them.
         output_prefix: Path of the pair without its suffix.
         tokenizer_path: See `load_tokenizer`.
+        eod: Name of the token that ends documents; default: what the tokenizer says.
         file_format: `jsonl`, `text`, or `auto` for by suffix.
         json_key: Key of the text in JSONL.
         workers: Processes that encode.
@@ -67,13 +69,15 @@ def preprocess(
     require_share("largest_skipped_share", largest_skipped_share)
     report = report or (lambda line: None)
     files = [(path, resolve_format(path, file_format)) for path in expand_inputs(inputs)]
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, eod=eod)
     identify = partial(job_identity, files, tokenizer, json_key=json_key, shard_bytes=SHARD_BYTES)
     identity = identify()
     shards = plan_shards(files, SHARD_BYTES)
     slow_reason = _slow_reason(tokenizer, files[0], json_key, report)
     writer = IndexedDatasetWriter(output_prefix, token_dtype(tokenizer.vocab_size), resume=True)
-    job = EncodingJob(writer.directory, tokenizer.path, slow_reason, json_key, on_error)
+    job = EncodingJob(
+        writer.directory, tokenizer.path, tokenizer.eod, slow_reason, json_key, on_error
+    )
     try:
         pair = PartialPair(writer, shards, identity, on_error, report)
         done, todo = shards[: pair.num_shards], shards[pair.num_shards :]

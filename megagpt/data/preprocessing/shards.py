@@ -38,6 +38,8 @@ class EncodingJob:
     directory: Path
     """Where the files of shards go."""
     tokenizer_path: str
+    eod: int
+    """What ends documents."""
     slow_reason: str | None
     """Why the compiled encoder is left out, see `DocumentEncoder`."""
     json_key: str

@@ -68,7 +68,9 @@ def encode_in_order(
 
 
 def _load_encoder(job: EncodingJob) -> DocumentEncoder:
-    return DocumentEncoder(load_tokenizer(job.tokenizer_path), slow_reason=job.slow_reason)
+    return DocumentEncoder(
+        load_tokenizer(job.tokenizer_path, eod=job.eod), slow_reason=job.slow_reason
+    )
 
 
 def _start_worker(hearing: Connection) -> None:

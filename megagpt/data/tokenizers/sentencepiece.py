@@ -27,6 +27,7 @@ class SentencePieceTokenizer:
 
     Args:
         path: The .model file.
+        eod: A control symbol that ends documents, or its number; default: as above.
 
     Raises:
         ValueError: If the file is missing, is no model, or has no end symbol.
@@ -34,7 +35,7 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, eod: str | int | None = None) -> None:
         self.path = str(path)
         content = read_tokenizer_file(path)
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -45,21 +46,32 @@ class SentencePieceTokenizer:
                 f"{path} is not a SentencePiece model; train one with megagpt tokenizer"
             ) from error
         self.vocab_size: int = self._processor.vocab_size()
-        eod = self._processor.piece_to_id(_EOD_PIECE)
-        if not self._processor.is_control(eod):
-            eod = self._processor.eos_id()
-        if eod < 0:
+        self.eod: int = self._end_of_document(eod)
+        if self.eod < 0:
             raise ValueError(
                 f"{path} has no control symbol {_EOD_PIECE} nor an end-of-sentence symbol to end "
                 "documents with; train the model with one"
             )
-        self.eod: int = eod
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         # A model that prefixes texts with a space would do so after each cut.
         prefixes = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         splits = all(self._processor.is_byte(piece) for piece in mark) and not prefixes
         self._mark_ids = mark if splits else None
         self._content = content
+
+    def _end_of_document(self, asked: str | int | None) -> int:
+        processor = self._processor
+        if asked is None:
+            token = processor.piece_to_id(_EOD_PIECE)
+            return token if processor.is_control(token) else processor.eos_id()
+        token = asked if isinstance(asked, int) else processor.piece_to_id(asked)
+        if not (0 <= token < self.vocab_size and processor.is_control(token)):
+            control = [i for i in range(self.vocab_size) if processor.is_control(i)]
+            raise ValueError(
+                f"{asked} is no control symbol of {self.path}; its are "
+                f"{', '.join(map(processor.id_to_piece, control)) or 'none'}, give one with --eod"
+            )
+        return token
 
     @property
     def splits_at_mark(self) -> bool:
