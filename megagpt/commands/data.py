@@ -87,6 +87,8 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"vocabulary: {manifest.vocab_size}, end of document: {manifest.eod}")
         for reason, count in manifest.skipped.items():
             print(f"left out: {count} {reason}")
+        if manifest.fidelity is not None and not manifest.fidelity.is_whole:
+            print(f"text that does not come back: {manifest.fidelity}")
         for source in manifest.sources:
             print(f"from: {source.path}, {source.num_bytes} bytes, sha256 {source.sha256}")
         tokenizer = load_tokenizer(manifest.tokenizer_path, eod=manifest.eod)

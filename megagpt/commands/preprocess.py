@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output_prefix", required=True, help="writes PREFIX.bin, .idx and .manifest.json")
     add("--tokenizer", required=True, help="SentencePiece .model, tokenizer.json, or `byte`")
     add("--eod", metavar="TOKEN", help="token that ends documents; default: the tokenizer's own")
+    means = "share of bytes that tokens do not give back, or of unknown tokens, that is refused"
+    add("--largest_lost_share", type=float, default=0.01, help=means)
     add("--workers", type=int, default=1, help="processes that encode")
 
 
@@ -36,5 +38,6 @@ def main(options: argparse.Namespace) -> None:
         workers=options.workers,
         on_error=options.on_error,
         largest_skipped_share=options.largest_skipped_share,
+        largest_lost_share=options.largest_lost_share,
         report=report_to_stderr,
     )

@@ -48,7 +48,7 @@ class Evaluation:
     """Why bits_per_byte is left out."""
 
 
-def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int | None]:
     """Reads a split whole.
 
     Args:
@@ -57,7 +57,8 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.n
         tokenizer: Gives the size of the text where the manifest does not (one pair for all splits).
 
     Returns:
-        Its tokens, [n], int64, ends of documents included; and the UTF-8 bytes of its text.
+        Its tokens, [n], int64, ends of documents included; and the UTF-8 bytes of its text, None
+        where its tokens are not the whole text.
 
     Raises:
         ValueError: If the split is not configured, empty, or of another tokenizer.
@@ -69,7 +70,7 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.n
             f"with --data.{split}_path"
         )
     documents: list[np.ndarray] = []
-    text_bytes = 0
+    text_bytes, is_whole = 0, True
     for source in sources[split]:
         indexed, manifest = IndexedDataset(source.prefix), read_manifest(source.prefix)
         if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
@@ -77,6 +78,8 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.n
                 f"{source.prefix} was made with another tokenizer than {tokenizer.path}; "
                 "preprocess it again with that of the model"
             )
+        if manifest is not None and manifest.fidelity is not None:
+            is_whole = is_whole and manifest.fidelity.is_whole
         used = documents_of(data, split, source, indexed.num_documents)
         own = [indexed.document(i).astype(np.int64) for i in used]
         documents += own
@@ -91,14 +94,16 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.n
     if len(tokens) == 0 or text_bytes == 0:
         names = ", ".join(source.prefix for source in sources[split])
         raise ValueError(f"the {split} split of {names} is empty; choose another --split")
-    return tokens, text_bytes
+    if tokenizer.unknown is not None and (tokens == tokenizer.unknown).any():
+        is_whole = False
+    return tokens, text_bytes if is_whole else None
 
 
 @torch.no_grad()
 def evaluate(
     model: GPTModel,
     tokens: np.ndarray,
-    text_bytes: int,
+    text_bytes: int | None,
     *,
     eod: int,
     stride: int,
@@ -112,7 +117,7 @@ def evaluate(
     Args:
         model: Whole, at tp = 1.
         tokens: [n], int64; n >= 1.
-        text_bytes: UTF-8 bytes of the text that they stand for.
+        text_bytes: UTF-8 bytes of the text that they stand for; None: they are not all of it.
         eod: Ends documents, and stands before the first token.
         stride: Tokens that each window after the first scores, 1 to seq_length.
         batch_size: Windows in one forward pass.
@@ -158,11 +163,17 @@ def evaluate(
         total, num_tokens = total + nats, num_tokens + count
         progress.add(len(samples))
     loss = total / num_tokens if num_tokens else math.nan
-    reason = "eod_mask_loss leaves the first token of each document out" if eod_mask_loss else None
+    bits_per_byte = reason = None
+    if text_bytes is None:
+        reason = "the tokens do not give the whole text back, see megagpt data inspect"
+    elif eod_mask_loss:
+        reason = "eod_mask_loss leaves the first token of each document out"
+    else:
+        bits_per_byte = total / math.log(2) / text_bytes
     return Evaluation(
         loss=loss,
         perplexity=perplexity(loss),
-        bits_per_byte=None if reason else total / math.log(2) / text_bytes,
+        bits_per_byte=bits_per_byte,
         num_tokens=num_tokens,
         text_bytes=text_bytes,
         no_bits_per_byte=reason,

@@ -18,6 +18,7 @@ from megagpt.data.tokenizers.protocol import BYTE_TOKENIZER, Tokenizer
 from megagpt.files import decode_json, encode_json, write_atomically
 
 FORMAT_VERSION = 2
+_PLACES = 10
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,33 @@ class Source:
     path: str
     num_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What of the text the tokens do not give back; all 0 where it is whole."""
+
+    lost_bytes: int = 0
+    """UTF-8 bytes of the characters of which fewer come back than went in."""
+    altered_documents: int = 0
+    """Documents that do not come back exactly, be it by a space."""
+    unknown_tokens: int = 0
+    """Tokens that stand for what the tokenizer has none for."""
+    first: tuple[str, ...] = ()
+    """The first places, with what is missing there."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every document comes back exactly."""
+        return not (self.altered_documents or self.unknown_tokens)
+
+    def __add__(self, other: Fidelity) -> Fidelity:
+        return Fidelity(
+            self.lost_bytes + other.lost_bytes,
+            self.altered_documents + other.altered_documents,
+            self.unknown_tokens + other.unknown_tokens,
+            (*self.first, *other.first)[:_PLACES],
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +93,8 @@ class Manifest:
     """Inputs left out, by reason."""
     sources: tuple[Source, ...] = ()
     """The input files."""
+    fidelity: Fidelity | None = None
+    """What the tokens do not give back; of a part of a pair, that of the pair; None: not known."""
     format_version: int = FORMAT_VERSION
     """Version of this file."""
 
@@ -142,6 +172,9 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         )
     try:
         content["sources"] = tuple(Source(**source) for source in content["sources"])
+        if content.get("fidelity") is not None:
+            given = content["fidelity"]
+            content["fidelity"] = Fidelity(**given | {"first": tuple(given["first"])})
         content["bin_crc32"] = tuple(content["bin_crc32"])
         if content["tokenizer_kind"] != BYTE_TOKENIZER:
             joined = os.path.join(path.parent, content["tokenizer_path"])

@@ -10,6 +10,7 @@ import numpy as np
 
 from megagpt.data.indexed.dataset import IndexedDataset, bin_path, idx_path, manifest_path
 from megagpt.data.indexed.manifest import (
+    Fidelity,
     Manifest,
     publish_pair,
     read_manifest,
@@ -56,6 +57,7 @@ def merge(inputs: Sequence[str | Path], output_prefix: str | Path) -> IndexedDat
             publish_pair(
                 writer,
                 **tokenizer_facts(known[0]),
+                fidelity=_sum_of(known),
                 text_bytes=None if None in sizes else sum(size or 0 for size in sizes),
                 skipped=dict(skipped),
                 sources=tuple(source for manifest in known for source in manifest.sources),
@@ -93,7 +95,13 @@ def split(prefix: str | Path, shares: str, output_prefix: str | Path) -> dict[st
             if manifest is not None:
                 # How many bytes of text these documents have, only decoding would tell.
                 facts = tokenizer_facts(manifest)
-                publish_pair(writer, **facts, text_bytes=None, sources=manifest.sources)
+                publish_pair(
+                    writer,
+                    **facts,
+                    text_bytes=None,
+                    fidelity=manifest.fidelity,
+                    sources=manifest.sources,
+                )
         made[name] = IndexedDataset(target)
     return made
 
@@ -139,6 +147,13 @@ def ends_with_eod(indexed: IndexedDataset, eod: int) -> float:
         if len(document)
     ]
     return sum(token == eod for token in last) / max(len(last), 1)
+
+
+def _sum_of(manifests: Sequence[Manifest]) -> Fidelity | None:
+    """What all do not give back; not known where one does not know and no other has lost any."""
+    known = [manifest.fidelity for manifest in manifests if manifest.fidelity is not None]
+    total = sum(known, Fidelity())
+    return total if len(known) == len(manifests) or not total.is_whole else None
 
 
 def _copy(indexed: IndexedDataset, documents: range, writer: IndexedDatasetWriter) -> None:

@@ -49,6 +49,15 @@ class DocumentEncoder:
             if self.slow_reason is None:
                 self._native = NativeBpe(tokenizer, self.dtype)
 
+    def is_exact(self, text: str) -> bool:
+        """Whether a text is known to come back from its tokens, without a look."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return True
+        if self._native is None:
+            return False
+        assert isinstance(self.tokenizer, SentencePieceTokenizer)
+        return self.tokenizer.splits_at_mark or SPACE_MARK not in text
+
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of documents.
 

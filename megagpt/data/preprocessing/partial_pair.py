@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.indexed.manifest import Source
+from megagpt.data.indexed.manifest import Fidelity, Source
 from megagpt.data.indexed.writer import IndexedDatasetWriter, WriterState, read_blocks
 from megagpt.data.preprocessing.progress import Report
 from megagpt.data.preprocessing.shards import EncodedShard, OnError, PartCounts, Shard, shard_files
@@ -25,7 +25,7 @@ from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.files import decode_json, flush_to_disk
 
 _COPY_ITEMS = 1 << 20
-_JOURNAL_VERSION = 1
+_JOURNAL_VERSION = 2
 
 
 def job_identity(
@@ -62,6 +62,7 @@ class PartialPair:
         num_shards: Shards that are in it.
         text_bytes: UTF-8 bytes of their text.
         skipped: Documents left out, by reason.
+        fidelity: What their tokens do not give back.
         sources: Input files that are whole in it.
 
     Args:
@@ -87,6 +88,7 @@ class PartialPair:
         self.num_shards = 0
         self.text_bytes = 0
         self.skipped: Counter[str] = Counter()
+        self.fidelity = Fidelity()
         self.sources: list[Source] = []
         self._file = PartCounts()
         self._journal_path = writer.directory / "journal.jsonl"
@@ -124,12 +126,16 @@ class PartialPair:
         """
         shard = self._shards[encoded.number]
         finished: list[Source] = []
+        places: list[str] = []
         for number, (part, counts) in enumerate(zip(shard.parts, encoded.parts, strict=False)):
             if part.begin == 0:
                 self._file, self._hash = PartCounts(), hashlib.sha256()
             for which, line, message in encoded.faults:
                 if which == number:
                     self._report(f"left out: {part.path}:{self._file.num_lines + line}: {message}")
+            for which, line, what in encoded.places:
+                if which == number:
+                    places.append(f"{part.path}:{self._file.num_lines + line} {what}")
             if encoded.error is not None and encoded.error[0] == number:
                 _, line, message = encoded.error
                 raise ValueError(f"{part.path}:{self._file.num_lines + line}: {message}")
@@ -160,6 +166,12 @@ class PartialPair:
             "bin_crc32": self._writer.bin_crc32[num_blocks:],
             "text_bytes": encoded.text_bytes,
             "skipped": encoded.skipped,
+            "fidelity": [
+                encoded.lost_bytes,
+                encoded.altered_documents,
+                encoded.unknown_tokens,
+                places,
+            ],
             "file": dataclasses.asdict(self._file),
             "sources": [dataclasses.asdict(source) for source in finished],
         }
@@ -172,6 +184,8 @@ class PartialPair:
         self.num_shards += 1
         self.text_bytes += record["text_bytes"]
         self.skipped.update(record["skipped"])
+        *counts, places = record["fidelity"]
+        self.fidelity += Fidelity(*counts, first=tuple(places))
         self.sources += [Source(**source) for source in record["sources"]]
         self._file = PartCounts(**record["file"])
 

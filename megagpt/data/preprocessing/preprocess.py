@@ -17,6 +17,7 @@ from megagpt.data.indexed.manifest import Manifest, publish_pair, tokenizer_fact
 from megagpt.data.indexed.writer import IndexedDatasetWriter
 from megagpt.data.preprocessing.documents import expand_inputs, read_documents, resolve_format
 from megagpt.data.preprocessing.encoder import DocumentEncoder, compare_with_tokenizer
+from megagpt.data.preprocessing.fidelity import require_whole, told
 from megagpt.data.preprocessing.partial_pair import PartialPair, job_identity
 from megagpt.data.preprocessing.progress import Progress, Report
 from megagpt.data.preprocessing.shards import (
@@ -42,6 +43,7 @@ def preprocess(
     workers: int = 1,
     on_error: OnError = "fail",
     largest_skipped_share: float = 0.01,
+    largest_lost_share: float = 0.01,
     report: Report | None = None,
 ) -> Manifest:
     """Encodes files, in order, into one pair; the bytes do not depend on `workers`.
@@ -56,6 +58,8 @@ def preprocess(
         workers: Processes that encode.
         on_error: `fail` stops at the first bad document, `skip` leaves them out and counts them.
         largest_skipped_share: With `skip`: share of bad documents above which no pair is made.
+        largest_lost_share: Share of bytes that do not come back from their tokens, and of unknown
+            tokens, above which no pair is made.
         report: Receives lines of progress; default none.
 
     Returns:
@@ -67,6 +71,7 @@ def preprocess(
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1; give a positive number")
     require_share("largest_skipped_share", largest_skipped_share)
+    require_share("largest_lost_share", largest_lost_share)
     report = report or (lambda line: None)
     files = [(path, resolve_format(path, file_format)) for path in expand_inputs(inputs)]
     tokenizer = load_tokenizer(tokenizer_path, eod=eod)
@@ -87,12 +92,23 @@ def preprocess(
             pair.append(encoded)
             progress.add(shards[encoded.number].num_bytes)
         require_acceptable(pair.skipped, writer.num_documents, largest_skipped_share)
+        fidelity, text_bytes = pair.fidelity, pair.text_bytes
+        if not fidelity.is_whole:
+            counts = {"text_bytes": text_bytes, "num_documents": writer.num_documents}
+            report(told(fidelity, **counts))
+        require_whole(
+            fidelity,
+            text_bytes=text_bytes,
+            num_tokens=writer.num_tokens,
+            largest_share=largest_lost_share,
+        )
         if identify() != identity:
             raise ValueError("an input changed while it was read; run again when all are whole")
         manifest = publish_pair(
             writer,
             **tokenizer_facts(tokenizer),
-            text_bytes=pair.text_bytes,
+            text_bytes=text_bytes,
+            fidelity=fidelity,
             skipped=dict(sorted(pair.skipped.items())),
             sources=tuple(pair.sources),
         )

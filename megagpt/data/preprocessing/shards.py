@@ -21,6 +21,7 @@ from megagpt.data.preprocessing.documents import (
     split_file,
 )
 from megagpt.data.preprocessing.encoder import DocumentEncoder
+from megagpt.data.preprocessing.fidelity import lost
 
 OnError = Literal["fail", "skip"]
 """What a document that cannot be encoded does: end the job, or be left out and counted."""
@@ -77,6 +78,12 @@ class EncodedShard:
     skipped: Counter[str] = field(default_factory=Counter)
     faults: list[tuple[int, int, str]] = field(default_factory=list)
     """The first documents left out: number of the part, line in it, what is wrong."""
+    lost_bytes: int = 0
+    altered_documents: int = 0
+    unknown_tokens: int = 0
+    """These three as in `Fidelity`."""
+    places: list[tuple[int, int, str]] = field(default_factory=list)
+    """The first documents that do not come back exactly, and what is missing there."""
     error: tuple[int, int, str] | None = None
     """The same of the document that ended the shard, with on_error=fail."""
 
@@ -137,7 +144,8 @@ def encode_shard(job: EncodingJob, shard: Shard, encoder: DocumentEncoder) -> En
             encoded = _encoded(job, batch, encoder, result)
             if encoded is None:
                 break
-            tokens, lengths = encoded
+            documents, tokens, lengths = encoded
+            _measure(documents, tokens, lengths, encoder, result)
             tokens_out.write(tokens.tobytes())
             lengths_out.write(lengths.astype("<i4").tobytes())
     return result
@@ -145,17 +153,20 @@ def encode_shard(job: EncodingJob, shard: Shard, encoder: DocumentEncoder) -> En
 
 def _encoded(
     job: EncodingJob, batch: list[_Document], encoder: DocumentEncoder, result: EncodedShard
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens and lengths; what the tokenizer cannot encode is a bad document. None ends the job."""
+) -> tuple[list[_Document], np.ndarray, np.ndarray] | None:
+    """What is encoded, its tokens and lengths; None ends the job.
+
+    What the tokenizer cannot encode is a bad document.
+    """
     try:
-        return encoder.encode([document.text for document in batch])
+        return batch, *encoder.encode([document.text for document in batch])
     except ValueError:  # of one of them
         pass
-    texts = []
+    good = []
     for document in batch:
         try:
             encoder.encode([document.text])
-            texts.append(document.text)
+            good.append(document)
         except ValueError as fault:
             where = (document.part, document.line, str(fault))
             if job.on_error == "fail":
@@ -164,7 +175,33 @@ def _encoded(
             result.leave_out("not encodable", where)
             result.text_bytes -= document.num_bytes
             result.parts[document.part].num_documents -= 1
-    return encoder.encode(texts)
+    return good, *encoder.encode([document.text for document in good])
+
+
+def _measure(
+    documents: list[_Document],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    encoder: DocumentEncoder,
+    result: EncodedShard,
+) -> None:
+    """Counts what the tokens do not give back."""
+    tokenizer = encoder.tokenizer
+    if tokenizer.unknown is not None:
+        result.unknown_tokens += int((tokens == tokenizer.unknown).sum())
+    ends = np.cumsum(lengths)
+    for document, end, length in zip(documents, ends, lengths, strict=True):
+        if encoder.is_exact(document.text):
+            continue
+        decoded = tokenizer.decode(tokens[end - length : end - 1].tolist())
+        if decoded == document.text:
+            continue
+        num_bytes, missing = lost(document.text, decoded)
+        result.altered_documents += 1
+        result.lost_bytes += num_bytes
+        if len(result.places) < _LISTED:
+            what = f"without {missing!r}" if missing else "other spaces or order"
+            result.places.append((document.part, document.line, what))
 
 
 def _texts(job: EncodingJob, shard: Shard, result: EncodedShard) -> Iterator[_Document]:

@@ -18,6 +18,7 @@ class ByteTokenizer:
     sha256 = hashlib.sha256(b"megagpt byte tokenizer: ids 0-255 bytes, 256 eod").hexdigest()
     vocab_size = _NUM_BYTES + 1
     eod = _NUM_BYTES
+    unknown: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end of document."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megagpt.data.tokenizers.protocol import read_tokenizer_file, require_tokens
@@ -63,6 +63,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.unknown = _unknown(content, self._tokenizer.token_to_id)
         special = {
             added.content: token
             for token, added in self._tokenizer.get_added_tokens_decoder().items()
@@ -120,6 +121,15 @@ def _end_of_document(
             "with --eod, or put its tokenizer_config.json beside it"
         )
     raise ValueError(f"{has}, none known to end documents; give one with --eod, or add one")
+
+
+def _unknown(content: bytes, token_to_id: Callable[[str], int | None]) -> int | None:
+    """The token of what has none: by name, or of Unigram by number."""
+    model = decode_json(content).get("model", {})
+    if isinstance(number := model.get("unk_id"), int):
+        return number
+    name = model.get("unk_token")
+    return token_to_id(name) if isinstance(name, str) else None
 
 
 def _named_by_config(path: Path) -> str | None:

@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
     sha256: str
     vocab_size: int
     eod: int
+    unknown: int | None
+    """The token of what has none; None where there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end of document."""

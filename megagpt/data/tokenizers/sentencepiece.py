@@ -46,6 +46,8 @@ class SentencePieceTokenizer:
                 f"{path} is not a SentencePiece model; train one with megagpt tokenizer"
             ) from error
         self.vocab_size: int = self._processor.vocab_size()
+        unknown = self._processor.unk_id()
+        self.unknown: int | None = unknown if unknown >= 0 else None
         self.eod: int = self._end_of_document(eod)
         if self.eod < 0:
             raise ValueError(
