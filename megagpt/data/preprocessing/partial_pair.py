@@ -184,8 +184,8 @@ class PartialPair:
         self.num_shards += 1
         self.text_bytes += record["text_bytes"]
         self.skipped.update(record["skipped"])
-        *counts, places = record["fidelity"]
-        self.fidelity += Fidelity(*counts, first=tuple(places))
+        num_lost, num_altered, num_unknown, places = record["fidelity"]
+        self.fidelity += Fidelity(num_lost, num_altered, num_unknown, tuple(places))
         self.sources += [Source(**source) for source in record["sources"]]
         self._file = PartCounts(**record["file"])
 
