@@ -55,7 +55,7 @@ def next_token_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.
     Source: top-p is Holtzman et al. 2020, https://arxiv.org/abs/1904.09751, section 3.1; the token
     that crosses top_p is kept, so at least one is.
     """
-    if not logits.isfinite().all():
+    if logits.isfinite().logical_not().any():
         raise ValueError(
             "the model gives logits that are not finite (NaN or infinity), so its weights are not "
             "or overflow; take an older checkpoint (megagpt checkpoint inspect)"
