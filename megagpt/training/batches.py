@@ -112,16 +112,23 @@ class Batches:
         self.wait_seconds += time.monotonic() - begin
         return 0 if has_failed else sum(batch.num_tokens for batch in self._ahead[1].result())
 
+    def num_evaluation_batches(self, split: str) -> int:
+        """Micro-batches of an evaluation, as many on every rank."""
+        at_once = self.sampler.micro_batch_size * self.sampler.dp_size
+        return -(-self._num_evaluation_samples(split) // at_once)
+
     def evaluation(self, split: str) -> Iterator[MicroBatch]:
         """The micro-batches of an evaluation, as many on every rank."""
         dataset = self.datasets[split]
-        limit = self._training.samples_of_evaluation(self.sampler.global_batch_size)
-        count = min(len(dataset), limit)
-        for indices in self.sampler.evaluation_batches(count):
+        for indices in self.sampler.evaluation_batches(self._num_evaluation_samples(split)):
             samples = np.full((len(indices), dataset.seq_length + 1), PAD, np.int64)
             used = [i for i in indices if i >= 0]  # padding stands at the end
             dataset.gather(used, out=samples[: len(used)])
             yield self._micro_batch(samples, indices, step=0)
+
+    def _num_evaluation_samples(self, split: str) -> int:
+        limit = self._training.samples_of_evaluation(self.sampler.global_batch_size)
+        return min(len(self.datasets[split]), limit)
 
     def close(self) -> None:
         """Ends the reading thread."""

@@ -19,8 +19,8 @@ from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.batches import MicroBatch
 from megagpt.training.engine import set_learning_rate
 
-_EVALUATION_CHUNK = 32
-"""Micro-batches that an evaluation sends through the pipeline at a time."""
+_PIPELINE_CHUNK, _CHUNK = 32, 8
+"""Micro-batches that an evaluation takes, with and without pipeline, before it looks up."""
 
 
 class Notices(NamedTuple):
@@ -160,24 +160,36 @@ def _pipeline_data(
 
 @torch.no_grad()
 def evaluate(
-    engine: deepspeed.DeepSpeedEngine, batches: Iterable[MicroBatch], *, groups: ProcessGroups
-) -> float:
+    engine: deepspeed.DeepSpeedEngine,
+    batches: Iterable[MicroBatch],
+    *,
+    groups: ProcessGroups,
+    is_told: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> float | None:
     """Mean loss over all valid tokens, in nats: a ratio of sums, never a mean of means.
 
-    NaN where no token counts.
+    NaN where no token counts; None where a rank was told to stop before it was done.
 
     Args:
         engine: From `build_engine`; left in evaluation mode.
         batches: Those of this rank's data-parallel index; every rank must have the same number.
         groups: Of the layout.
+        is_told: Whether this process was told to stop; asked every few micro-batches.
+        progress: Receives how many micro-batches of this rank are done.
     """
     engine.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    num_tokens = 0
+    num_tokens = num_done = 0
+    has_pipeline = groups.topology.pipeline_parallel_size > 1
     remaining = iter(batches)
-    while chunk := list(islice(remaining, _EVALUATION_CHUNK)):
+    while chunk := list(islice(remaining, _PIPELINE_CHUNK if has_pipeline else _CHUNK)):
+        told = _stacked((is_told(),), engine.device)
+        _sum_over_world(told)  # all go on, or none
+        if told.item():
+            return None
         num_tokens += sum(batch.num_tokens for batch in chunk)
-        if groups.topology.pipeline_parallel_size > 1:
+        if has_pipeline:
             engine.module.loss_sum.zero_()
             engine.eval_batch(
                 _pipeline_data(chunk, 1.0),
@@ -189,5 +201,7 @@ def evaluate(
         else:
             for batch in chunk:
                 loss_sum += _loss(engine, batch).sum()
+        num_done += len(chunk)
+        progress(num_done)
     total, count = _sum_over_samples(loss_sum, num_tokens, groups=groups, device=engine.device)
     return total / count if count else math.nan

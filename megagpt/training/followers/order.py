@@ -45,7 +45,9 @@ def followers_of(
         Figures(session, metrics, config.monitor, config.model, num_skipped).after_step,
         stopping.after_step,
         saving.meet_failure,
-        Validation(session, metrics, config.training.eval_interval).after_step,
+        Validation(
+            session, metrics, config.training.eval_interval, lambda: stopping.notices().is_told
+        ).after_step,
         Summary(run.directory, run.rank, count_parameters(config.model), run.start_time).after_step,
         saving.after_step,
     )

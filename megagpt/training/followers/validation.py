@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megagpt.monitor.metrics import MetricLogger
 from megagpt.training.followers.record import StepRecord
 from megagpt.training.start import Session
 from megagpt.training.train_step import evaluate
+
+logger = logging.getLogger("megagpt")
+
+_REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,8 @@ class Validation:
     session: Session
     metrics: MetricLogger
     eval_interval: int
+    is_told: Callable[[], bool]
+    """Whether this process was told to stop, which ends a validation without its loss."""
 
     def after_step(self, record: StepRecord) -> StepRecord | None:
         """Adds the losses to the record, if it is time."""
@@ -28,12 +37,37 @@ class Validation:
         session, losses = self.session, {}
         for split in session.batches.datasets:
             if split.startswith("valid"):
-                batches = session.batches.evaluation(split)
-                losses[split] = evaluate(session.engine, batches, groups=session.groups)
+                loss = evaluate(
+                    session.engine,
+                    session.batches.evaluation(split),
+                    groups=session.groups,
+                    is_told=self.is_told,
+                    progress=_progress(split, session.batches.num_evaluation_batches(split)),
+                )
+                if loss is None:
+                    logger.info(f"validation of {split} left off: a signal to stop was received")
+                    break
+                losses[split] = loss
                 self.metrics.validation(
                     record.state.step,
                     record.state.consumed_samples,
-                    losses[split],
+                    loss,
                     name=split.removeprefix("valid"),
                 )
         return dataclasses.replace(record, validation=losses)
+
+
+def _progress(split: str, total: int) -> Callable[[int], None]:
+    """Logs a line every 10 seconds."""
+    begin = reported = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal reported
+        now = time.monotonic()
+        if now - reported < _REPORT_SECONDS:
+            return
+        reported = now
+        left = (now - begin) * (total - done) / done
+        logger.info(f"validating on {split}: {done / total:.0%}, {left:.0f} s left")
+
+    return report
