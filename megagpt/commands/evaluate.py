@@ -69,8 +69,7 @@ def main(options: argparse.Namespace) -> None:
             eod=loaded.tokenizer.eod,
             stride=stride,
             batch_size=options.batch_size,
-            document_masking=trained_on.document_masking,
-            eod_mask_loss=trained_on.eod_mask_loss,
+            seen=trained_on,
             report=report_to_stderr,
         )
     result = {

@@ -11,8 +11,7 @@ scored too.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +25,7 @@ from megagpt.data.samples.masks import IGNORE_INDEX, document_boundaries, tokens
 from megagpt.data.tokenizers.protocol import Tokenizer
 from megagpt.model.gpt import GPTModel
 from megagpt.monitor.metrics import perplexity
-
-_REPORT_SECONDS = 10.0
+from megagpt.monitor.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,6 @@ def read_split(data: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[np.n
     return tokens, text_bytes if is_whole else None
 
 
-@torch.no_grad()
 def evaluate(
     model: GPTModel,
     tokens: np.ndarray,
@@ -108,8 +105,7 @@ def evaluate(
     eod: int,
     stride: int,
     batch_size: int = 8,
-    document_masking: bool = False,
-    eod_mask_loss: bool = False,
+    seen: DataConfig | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Scores all tokens of a split, with documents as the model was trained on them.
@@ -121,13 +117,13 @@ def evaluate(
         eod: Ends documents, and stands before the first token.
         stride: Tokens that each window after the first scores, 1 to seq_length.
         batch_size: Windows in one forward pass.
-        document_masking: As `data.document_masking`.
-        eod_mask_loss: As `data.eod_mask_loss`.
+        seen: How the model was trained to see documents: document_masking and eod_mask_loss.
         report: Called with a line of progress every 10 seconds.
 
     Raises:
         ValueError: If stride is outside its range.
     """
+    seen = seen or DataConfig()
     seq_length = model.config.seq_length
     if not 1 <= stride <= seq_length:
         raise ValueError(
@@ -141,46 +137,26 @@ def evaluate(
     # Each of size tokens up to its end, with the first position that is scored.
     windows = [(e - size, b - (e - size)) for b, e in zip([0, *ends[:-1]], ends, strict=True)]
 
-    def batches() -> Iterator[tuple[np.ndarray, list[int]]]:
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
-            yield (
-                np.stack([all_tokens[start : start + size + 1] for start, _ in batch]),
-                [num_before for _, num_before in batch],
-            )
+    def batch(first: int) -> tuple[np.ndarray, list[int]]:
+        chosen = windows[first : first + batch_size]
+        samples = np.stack([all_tokens[start : start + size + 1] for start, _ in chosen])
+        return samples, [scored_from for _, scored_from in chosen]
 
-    progress = _Progress(len(windows), report)
-    total, num_tokens = 0.0, 0
-    for samples, scored_from in batches():
-        nats, count = _nats(
-            model,
-            samples,
-            scored_from,
-            eod=eod,
-            document_masking=document_masking,
-            eod_mask_loss=eod_mask_loss,
-        )
-        total, num_tokens = total + nats, num_tokens + count
-        progress.add(len(samples))
-    loss = total / num_tokens if num_tokens else math.nan
-    bits_per_byte = reason = None
+    total, num_tokens = _nats(
+        model,
+        map(batch, range(0, len(windows), batch_size)),
+        eod=eod,
+        seen=seen,
+        progress=Progress("evaluated", len(windows), report),
+    )
+    reason = None
     if text_bytes is None:
         reason = "the tokens do not give the whole text back, see megagpt data inspect"
-    elif eod_mask_loss:
+    elif seen.eod_mask_loss:
         reason = "eod_mask_loss leaves the first token of each document out"
-    else:
-        bits_per_byte = total / math.log(2) / text_bytes
-    return Evaluation(
-        loss=loss,
-        perplexity=perplexity(loss),
-        bits_per_byte=bits_per_byte,
-        num_tokens=num_tokens,
-        text_bytes=text_bytes,
-        no_bits_per_byte=reason,
-    )
+    return _evaluation(total, num_tokens, text_bytes, reason)
 
 
-@torch.no_grad()
 def validate(
     model: GPTModel,
     config: Config,
@@ -217,65 +193,61 @@ def validate(
             f"{', '.join(names) or 'none'}"
         )
     dataset = datasets[split]
-    count = min(len(dataset), config.training.samples_of_evaluation(config.batch.global_batch_size))
-    progress = _Progress(count, report)
-    total, num_tokens = 0.0, 0
-    for first in range(0, count, batch_size):
-        samples = dataset.gather(list(range(first, min(first + batch_size, count))))
-        nats, scored = _nats(
-            model,
-            samples,
-            [0] * len(samples),
-            eod=eod,
-            document_masking=config.data.document_masking,
-            eod_mask_loss=config.data.eod_mask_loss,
-        )
-        total, num_tokens = total + nats, num_tokens + scored
-        progress.add(len(samples))
-    loss = total / num_tokens if num_tokens else math.nan
+    limit = config.training.samples_of_evaluation(config.batch.global_batch_size)
+    count = min(len(dataset), limit)
+
+    def batch(first: int) -> tuple[np.ndarray, list[int]]:
+        chosen = list(range(first, min(first + batch_size, count)))
+        return dataset.gather(chosen), [0] * len(chosen)
+
+    total, num_tokens = _nats(
+        model,
+        map(batch, range(0, count, batch_size)),
+        eod=eod,
+        seen=config.data,
+        progress=Progress("evaluated", count, report),
+    )
     reason = "the windows of a validation need not be the whole text"
-    return Evaluation(loss, perplexity(loss), None, num_tokens, None, reason)
+    return _evaluation(total, num_tokens, None, reason)
 
 
+@torch.no_grad()
 def _nats(
     model: GPTModel,
-    samples: np.ndarray,
-    scored_from: list[int],
+    batches: Iterable[tuple[np.ndarray, list[int]]],
     *,
     eod: int,
-    document_masking: bool,
-    eod_mask_loss: bool,
+    seen: DataConfig,
+    progress: Progress,
 ) -> tuple[float, int]:
-    """Nats of samples [b, s + 1], each scored from a position on; and how many tokens those are."""
-    inputs, labels = tokens_to_batch(samples, masked_after=eod if eod_mask_loss else None)
-    for row, begin in enumerate(scored_from):
-        labels[row, :begin] = IGNORE_INDEX
+    """Nats of samples [b, s + 1], each scored from a position on; and of how many tokens."""
     device = next(model.parameters()).device
-    positions = None
-    if document_masking:
-        positions = torch.from_numpy(document_boundaries(inputs, eod)[0]).to(device)
-    losses = model(
-        torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device), positions
-    )  # [b, s]
-    return losses.sum(dtype=torch.float64).item(), int((labels != IGNORE_INDEX).sum())
+    total, num_tokens = 0.0, 0
+    for samples, scored_from in batches:
+        inputs, labels = tokens_to_batch(samples, masked_after=eod if seen.eod_mask_loss else None)
+        for row, begin in enumerate(scored_from):
+            labels[row, :begin] = IGNORE_INDEX
+        positions = None
+        if seen.document_masking:
+            positions = torch.from_numpy(document_boundaries(inputs, eod)[0]).to(device)
+        losses = model(
+            torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device), positions
+        )  # [b, s]
+        total += losses.sum(dtype=torch.float64).item()
+        num_tokens += int((labels != IGNORE_INDEX).sum())
+        progress.add(len(samples))
+    return total, num_tokens
 
 
-class _Progress:
-    """A line every 10 seconds."""
-
-    def __init__(self, num_windows: int, report: Callable[[str], None] | None) -> None:
-        self._num_windows = num_windows
-        self._report = report
-        self._begin = self._reported = time.monotonic()
-        self._done = 0
-
-    def add(self, num_windows: int) -> None:
-        self._done += num_windows
-        now = time.monotonic()
-        if self._report is None or now - self._reported < _REPORT_SECONDS:
-            return
-        self._reported, share = now, self._done / self._num_windows
-        self._report(
-            f"evaluated {share:.0%} of {self._num_windows} windows, "
-            f"{(now - self._begin) * (1 - share) / share:.0f} s left"
-        )
+def _evaluation(
+    total: float, num_tokens: int, text_bytes: int | None, reason: str | None
+) -> Evaluation:
+    loss = total / num_tokens if num_tokens else math.nan
+    return Evaluation(
+        loss=loss,
+        perplexity=perplexity(loss),
+        bits_per_byte=None if reason or not text_bytes else total / math.log(2) / text_bytes,
+        num_tokens=num_tokens,
+        text_bytes=text_bytes,
+        no_bits_per_byte=reason,
+    )

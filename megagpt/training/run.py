@@ -309,7 +309,12 @@ def _load_path(config: Config) -> Path | None:
 
 
 _FOLDERS = ("checkpoints", "tensorboard", "nvme")
-_FILES = ("resolved_config.yaml", "resolved_config.txt", "resolved_ds_config.json")
+_FILES = (
+    "resolved_config.yaml",
+    "resolved_config.txt",
+    "resolved_ds_config.json",
+    "training_summary.json",
+)
 
 
 def _require_writable(directory: Path) -> None:

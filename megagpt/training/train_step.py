@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from megagpt.monitor.progress import Progress
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.batches import MicroBatch
 from megagpt.training.engine import set_learning_rate
@@ -165,7 +166,7 @@ def evaluate(
     *,
     groups: ProcessGroups,
     is_told: Callable[[], bool] = lambda: False,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress | None = None,
 ) -> float | None:
     """Mean loss over all valid tokens, in nats: a ratio of sums, never a mean of means.
 
@@ -176,11 +177,11 @@ def evaluate(
         batches: Those of this rank's data-parallel index; every rank must have the same number.
         groups: Of the layout.
         is_told: Whether this process was told to stop; asked every few micro-batches.
-        progress: Receives how many micro-batches of this rank are done.
+        progress: Counts the micro-batches.
     """
     engine.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    num_tokens = num_done = 0
+    num_tokens = 0
     has_pipeline = groups.topology.pipeline_parallel_size > 1
     remaining = iter(batches)
     while chunk := list(islice(remaining, _PIPELINE_CHUNK if has_pipeline else _CHUNK)):
@@ -201,7 +202,7 @@ def evaluate(
         else:
             for batch in chunk:
                 loss_sum += _loss(engine, batch).sum()
-        num_done += len(chunk)
-        progress(num_done)
+        if progress is not None:
+            progress.add(len(chunk))
     total, count = _sum_over_samples(loss_sum, num_tokens, groups=groups, device=engine.device)
     return total / count if count else math.nan

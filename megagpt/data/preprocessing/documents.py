@@ -251,7 +251,9 @@ def _unpacked(path: str, file: IO[bytes]) -> Iterator[bytes]:
                     packed, frame = frame.unused_data, None
         if frame is not None:  # zstandard itself takes a cut frame for a short one
             raise EOFError("it ends inside a frame")
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the content's
+            raise OSError(error.errno, error.strerror, path) from error
         if "memory" in str(error):  # zstandard's word for a window above its bound
             raise ValueError(
                 f"input {path} needs a window of more than {_LARGEST_WINDOW >> 30} GiB to be "

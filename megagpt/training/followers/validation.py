@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megagpt.monitor.metrics import MetricLogger
+from megagpt.monitor.progress import Progress
 from megagpt.training.followers.record import StepRecord
 from megagpt.training.start import Session
 from megagpt.training.train_step import evaluate
 
 logger = logging.getLogger("megagpt")
-
-_REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,11 @@ class Validation:
                     session.batches.evaluation(split),
                     groups=session.groups,
                     is_told=self.is_told,
-                    progress=_progress(split, session.batches.num_evaluation_batches(split)),
+                    progress=Progress(
+                        f"validating on {split}",
+                        session.batches.num_evaluation_batches(split),
+                        logger.info,
+                    ),
                 )
                 if loss is None:
                     logger.info(f"validation of {split} left off: a signal to stop was received")
@@ -55,19 +57,3 @@ class Validation:
                     name=split.removeprefix("valid"),
                 )
         return dataclasses.replace(record, validation=losses)
-
-
-def _progress(split: str, total: int) -> Callable[[int], None]:
-    """Logs a line every 10 seconds."""
-    begin = reported = time.monotonic()
-
-    def report(done: int) -> None:
-        nonlocal reported
-        now = time.monotonic()
-        if now - reported < _REPORT_SECONDS:
-            return
-        reported = now
-        left = (now - begin) * (total - done) / done
-        logger.info(f"validating on {split}: {done / total:.0%}, {left:.0f} s left")
-
-    return report
