@@ -100,10 +100,10 @@ def _parameters(config: ModelConfig) -> tuple[int, int, int]:
     h = config.hidden_size
     table = config.padded_vocab_size() * h
     positions = config.seq_length * h if config.position_embedding == "learned" else 0
-    return table + positions, _matrix_parameters(config) + 2 * h, table + h
+    return table + positions, matrix_parameters(config) + 2 * h, table + h
 
 
-def _matrix_parameters(config: ModelConfig) -> int:
+def matrix_parameters(config: ModelConfig) -> int:
     """Weights of one block's linear layers."""
     h, kv_width = config.hidden_size, config.kv_heads * config.head_size
     num_mlp_matrices = 3 if config.activation == "swiglu" else 2
@@ -116,4 +116,4 @@ def forward_multiply_adds(config: ModelConfig) -> tuple[int, int, int]:
     Of matrix products only, with attention's scores and values over the whole [s, s] square.
     """
     h = config.hidden_size
-    return 0, _matrix_parameters(config) + 2 * config.seq_length * h, config.padded_vocab_size() * h
+    return 0, matrix_parameters(config) + 2 * config.seq_length * h, config.padded_vocab_size() * h

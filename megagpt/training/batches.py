@@ -41,6 +41,14 @@ class MicroBatch(NamedTuple):
         """Tokens whose loss counts."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a query and a key that it may see: causal, within its document."""
+        if self.position_ids is not None:
+            return int((self.position_ids + 1).sum())
+        num_samples, length = self.tokens.shape
+        return num_samples * length * (length + 1) // 2
+
     def pipeline_inputs(self) -> tuple[torch.Tensor, ...]:
         """What the first stage takes, see `megagpt.model.pipeline.GPTStage`."""
         return tuple(tensor for tensor in self if tensor is not None)

@@ -162,6 +162,7 @@ def _process_group(device: Device, timeout_minutes: float) -> Iterator[None]:
 
     from megagpt.checkpoint.loader import CheckpointRefused
     from megagpt.checkpoint.saver import SaveFailed
+    from megagpt.parallel.shared_memory import release_shared_memory
 
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -184,6 +185,8 @@ def _process_group(device: Device, timeout_minutes: float) -> Iterator[None]:
         auto_mpi_discovery=False,
         timeout=timedelta(minutes=timeout_minutes),
     )
+    if device == "cpu":
+        release_shared_memory()
     try:
         yield
     except (CheckpointRefused, SaveFailed):

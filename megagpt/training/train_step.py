@@ -53,6 +53,8 @@ class StepResult:
     """Valid tokens of the global batch."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    num_pairs: int = 0
+    """Pairs of a query and a key that attention computed with, by `MicroBatch.num_pairs`."""
     next_tokens: int = 0
     """Valid tokens of the next global batch, as the ranks' messages told."""
     notices: Notices = Notices()
@@ -118,16 +120,18 @@ def train_step(
     else:
         loss_sum = _accumulate(engine, batches, scale)
     next_tokens, notices = message()
-    own_sums = (loss_sum, next_tokens) if groups.has_loss else (0.0, 0)
+    num_pairs = sum(batch.num_pairs for batch in batches)
+    own_sums = (loss_sum, next_tokens, num_pairs) if groups.has_loss else (0.0, 0, 0)
     total = _stacked([*own_sums, *notices], engine.device)
     _sum_over_world(total)
     norm = _stacked([engine.get_global_grad_norm()], engine.device)
     # Where the host waits for the device.
-    loss, tokens, *counts, grad_norm = torch.cat([total, norm]).tolist()
+    loss, tokens, pairs, *counts, grad_norm = torch.cat([total, norm]).tolist()
     return StepResult(
         loss=loss / max(num_tokens, 1),
         num_tokens=num_tokens,
         grad_norm=grad_norm,
+        num_pairs=round(pairs),
         next_tokens=round(tokens),
         notices=Notices(*(count > 0 for count in counts)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from megagpt.config.command_line import parse_config
 from megagpt.config.schema import Config
 from megagpt.data.preprocessing.preprocess import preprocess
 from megagpt.inference.load import open_tokenizer
+from megagpt.parallel.shared_memory import remove_abandoned
 from megagpt.training.pretrain import EXIT_REQUEUE
 from megagpt.training.run import prepare_run, resolve_run
 
@@ -88,6 +90,20 @@ def test_a_model_without_data_is_asked_for_its_tokenizer() -> None:
         open_tokenizer(Config(), None)
 
 
+def test_shared_memory_that_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    user, old = os.getuid(), time.time() - 3600
+    names = [f"deepspeed_allreduce_buffer_{uid}_127.0.0.1_1_{i}" for uid in (user, user + 1)
+             for i in range(3)]  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(4096))
+        os.utime(tmp_path / name, (old, old))
+    os.utime(tmp_path / names[1])  # another run's that begins just now
+    with (tmp_path / names[2]).open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        removed = remove_abandoned(tmp_path)
+    assert removed == [tmp_path / names[0]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
 def test_a_signal_to_one_rank_ends_a_long_validation(data: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -116,6 +132,8 @@ def test_a_signal_to_one_rank_ends_a_long_validation(data: Path, tmp_path: Path)
             assert time.monotonic() < deadline, log.read_text()
             assert all(process.poll() is None for process in ranks), log.read_text()
             time.sleep(0.2)
+        # Mapped by both and named by nothing: whatever ends them, nothing is left.
+        assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
         ranks[1].send_signal(signal.SIGTERM)
         told = time.monotonic()
         codes = [process.wait(timeout=60) for process in ranks]

@@ -119,8 +119,10 @@ def outcomes():
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_a_step_ends_with_one_sum_that_tells_all_ranks_everything(outcomes, cell):
     results, sums, counted_first = outcomes[cell]
-    assert sums == [[5], [5], [5]]
-    for *_, next_tokens, notices in results:
+    assert sums == [[6], [6], [6]]
+    ranks = 2 if cell[0].startswith("dp2") else 1
+    for *_, num_pairs, next_tokens, notices in results:
+        assert num_pairs == ranks * 4 * 36  # 4 samples of 8 * 9 / 2 pairs
         assert next_tokens == (sum(NEXT_TOKENS) if cell[0].startswith("dp2") else NEXT_TOKENS[0])
         assert notices == (False, True, False)  # rank 1 alone was told to stop
     assert counted_first == results[1][1]

@@ -9,7 +9,7 @@ import numpy as np
 from megagpt.config.schema import ModelConfig, MonitorConfig
 from megagpt.monitor.memory import memory_metrics
 from megagpt.monitor.metrics import MetricLogger
-from megagpt.monitor.throughput import model_flops_per_token
+from megagpt.monitor.throughput import model_flops, square_pairs
 from megagpt.training.engine import parameter_norm
 from megagpt.training.followers.record import StepRecord
 from megagpt.training.start import Session
@@ -40,8 +40,16 @@ class Figures:
         result, seconds = record.result, record.seconds
         engine, groups = self.session.engine, self.session.groups
         world_size = groups.topology.world_size
-        flops = model_flops_per_token(self.model) * result.num_tokens
-        tflops = flops / seconds / world_size / 1e12
+        num_positions = self.session.batches.sampler.global_batch_size * self.model.seq_length
+        pairs = {
+            "": result.num_pairs,
+            "-full-attention": square_pairs(result.num_pairs, num_positions),
+        }
+        tflops = {
+            convention: model_flops(self.model, num_tokens=result.num_tokens, num_pairs=each)
+            / (seconds * world_size * 1e12)
+            for convention, each in pairs.items()
+        }
         values = {
             "lm loss": result.loss,
             "learning-rate": record.state.learning_rate,
@@ -51,7 +59,7 @@ class Figures:
             "world-size": float(world_size),
             "iteration-time": seconds,
             "data-wait-share": record.data_wait_seconds / seconds,
-            "throughput": tflops,
+            **{f"throughput{convention}": rate for convention, rate in tflops.items()},
             "tokens-per-second": result.num_tokens / seconds,
             **memory_metrics(engine.device),
         }
@@ -60,5 +68,6 @@ class Figures:
         ):
             values["params-norm"] = parameter_norm(engine, groups)
         if self.config.peak_tflops is not None:
-            values["mfu"] = tflops / self.config.peak_tflops
+            for convention, rate in tflops.items():
+                values[f"mfu{convention}"] = rate / self.config.peak_tflops
         return values | {"skipped-iterations": self.num_skipped, "nan-iterations": self.num_nan}

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagpt.config.presets import PRESETS
 from megagpt.monitor.metrics import MetricLogger
-from megagpt.monitor.throughput import model_flops_per_token
+from megagpt.monitor.throughput import model_flops
 
 VALUES = {
     "lm loss": 2.5,
@@ -84,4 +84,9 @@ def test_flops_per_token_match_the_published_formula():
     config = dataclasses.replace(PRESETS["gpt3-175b"], vocab_size=51200)
     h, num_layers, s, v = config.hidden_size, config.num_layers, config.seq_length, 51200
     published = 72 * num_layers * h * h * (1 + s / (6 * h) + v / (12 * num_layers * h))
-    assert math.isclose(model_flops_per_token(config), published, rel_tol=1e-12)
+    whole = model_flops(config, num_tokens=s, num_pairs=s * s)  # of one sample
+    assert math.isclose(whole, s * published, rel_tol=1e-12)
+    # megatron.training counts s / 2 keys a query, and leaves the diagonal's half out.
+    causal = model_flops(config, num_tokens=s, num_pairs=s * (s + 1) // 2)
+    theirs = published - 72 * num_layers * h * h * s / (12 * h)
+    assert math.isclose(causal, s * theirs, rel_tol=1e-4)

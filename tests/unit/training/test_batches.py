@@ -47,6 +47,20 @@ def rows_of(ranks, step):
     ]
 
 
+def test_pairs_are_counted_within_documents(config):
+    batches = build(config)
+    for batch in batches.training(0, step=1):
+        pairs = 0
+        for row in batch.tokens.tolist():
+            begin = 0
+            for place, token in enumerate(row):
+                pairs += place - begin + 1
+                if token == 256:
+                    begin = place + 1
+        assert batch.num_pairs == pairs
+        assert batch._replace(position_ids=None).num_pairs == 2 * 16 * 17 // 2
+
+
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_a_step_has_the_same_samples_on_any_number_of_ranks_and_after_a_resume(config, dp_size):
     # 44 samples an epoch: the sixth step crosses into the second.
