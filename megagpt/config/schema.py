@@ -354,8 +354,8 @@ class MonitorConfig:
     params_norm_interval: int = 10
     """Steps between measurements of the norm of all weights, each of which is read; 0 is never."""
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one accelerator in the run's precision; with it, `mfu` (attention's causal half, as
-    Megatron-LM counts) and `mfu-full-attention` (the whole square, as PaLM and nanoGPT) are logged."""
+    """Peak TFLOP/s of one accelerator in the run's precision; with it, `mfu` (attention's causal
+    half, as in Megatron-LM) and `mfu-full-attention` (whole squares, as in PaLM) are logged."""
 
     def __post_init__(self) -> None:
         """Checks ranges."""
