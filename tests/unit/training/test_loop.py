@@ -27,7 +27,7 @@ def session(monkeypatch, tmp_path):
         assert num_tokens == (20 if session.state.step else None)
         assert notices() == Notices()
         session.state = dataclasses.replace(session.state, step=session.state.step + 1)
-        return StepRecord(session.state, StepResult(2.0, 10, 0.5, 20), 1.0, 0.0, True)
+        return StepRecord(session.state, StepResult(2.0, 10, 0.5, next_tokens=20), 1.0, 0.0, True)
 
     monkeypatch.setattr(loop, "advance", advance)
     return session
