@@ -92,20 +92,17 @@ def test_preprocessing_and_adoption_take_the_one_asked_for(source: Path, tmp_pat
     assert last_token(tmp_path / "a") == 0
 
     two = INPUTS / "tok_two.json"
-    for make in (
-        lambda **eod: preprocess([source], tmp_path / "b", tokenizer_path=two, **eod),
-        lambda **eod: adopt(tmp_path / "b", two, **eod),
-    ):
-        if manifest_path(tmp_path / "b").exists():
-            manifest_path(tmp_path / "b").unlink()
-        with pytest.raises(ValueError, match=r"<\|endoftext\|>, </s>; give one with --eod"):
-            make()
-        for name_of_eod, token in (("</s>", 2), ("<|endoftext|>", 3)):
-            if manifest_path(tmp_path / "b").exists() and make.__code__.co_names[0] == "adopt":
-                manifest_path(tmp_path / "b").unlink()
-            assert make(eod=name_of_eod).eod == token
-            manifest = read_manifest(tmp_path / "b")
-            assert manifest is not None and manifest.eod == token
+    ambiguous = r"<\|endoftext\|>, </s>; give one with --eod"
+    with pytest.raises(ValueError, match=ambiguous):
+        preprocess([source], tmp_path / "b", tokenizer_path=two)
+    for asked, token in (("</s>", 2), ("<|endoftext|>", 3)):
+        made = preprocess([source], tmp_path / "b", tokenizer_path=two, eod=asked)
+        assert (made.eod, last_token(tmp_path / "b")) == (token, token)
+        manifest_path(tmp_path / "b").unlink()
+        with pytest.raises(ValueError, match=ambiguous):
+            adopt(tmp_path / "b", two)
+        assert adopt(tmp_path / "b", two, eod=asked).eod == token
+        assert read_manifest(tmp_path / "b").eod == token
     with pytest.raises(ValueError, match="--eod says that nothing ends documents"):
         preprocess([source], tmp_path / "c", tokenizer_path=two, eod="nothing")
 

@@ -67,6 +67,11 @@ def test_giants_in_a_line_have_a_place_and_can_be_skipped(
     assert (manifest.num_documents, manifest.skipped) == (2, {"invalid JSON": 1})
 
 
+def test_the_giant_of_the_report_has_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"bigint\.jsonl:2: invalid JSON .* 4,300 digits"):
+        preprocess([INPUTS / "bigint.jsonl"], tmp_path / "out", tokenizer_path="byte")
+
+
 def test_train_tokenizer_tells_a_bad_line_as_preprocessing_does(tmp_path: Path) -> None:
     source, model = INPUTS / "badline.jsonl", tmp_path / "a.model"
     with pytest.raises(ValueError) as error:

@@ -41,15 +41,11 @@ class Figures:
         engine, groups = self.session.engine, self.session.groups
         world_size = groups.topology.world_size
         num_positions = self.session.batches.sampler.global_batch_size * self.model.seq_length
-        pairs = {
-            "": result.num_pairs,
-            "-full-attention": square_pairs(result.num_pairs, num_positions),
-        }
-        tflops = {
-            convention: model_flops(self.model, num_tokens=result.num_tokens, num_pairs=each)
+        tflops, tflops_full = (
+            model_flops(self.model, num_tokens=result.num_tokens, num_pairs=num_pairs)
             / (seconds * world_size * 1e12)
-            for convention, each in pairs.items()
-        }
+            for num_pairs in (result.num_pairs, square_pairs(result.num_pairs, num_positions))
+        )
         values = {
             "lm loss": result.loss,
             "learning-rate": record.state.learning_rate,
@@ -59,7 +55,8 @@ class Figures:
             "world-size": float(world_size),
             "iteration-time": seconds,
             "data-wait-share": record.data_wait_seconds / seconds,
-            **{f"throughput{convention}": rate for convention, rate in tflops.items()},
+            "throughput": tflops,
+            "throughput-full-attention": tflops_full,
             "tokens-per-second": result.num_tokens / seconds,
             **memory_metrics(engine.device),
         }
@@ -68,6 +65,6 @@ class Figures:
         ):
             values["params-norm"] = parameter_norm(engine, groups)
         if self.config.peak_tflops is not None:
-            for convention, rate in tflops.items():
-                values[f"mfu{convention}"] = rate / self.config.peak_tflops
+            values["mfu"] = tflops / self.config.peak_tflops
+            values["mfu-full-attention"] = tflops_full / self.config.peak_tflops
         return values | {"skipped-iterations": self.num_skipped, "nan-iterations": self.num_nan}
