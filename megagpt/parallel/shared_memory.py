@@ -27,8 +27,9 @@ def release_shared_memory() -> None:
     """
     # barrier over the world: after it every rank has mapped the file of every other
     dist.barrier()
-    names = (_PREFIX, os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-    own = "_".join(map(str, (*names, dist.get_rank())))
+    # As DeepSpeed names it; a group that was there before it may have no address.
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    own = f"{_PREFIX}_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
     with contextlib.suppress(FileNotFoundError):
         (_FOLDER / own).unlink()
     remove_abandoned(_FOLDER)
