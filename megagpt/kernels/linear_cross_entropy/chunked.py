@@ -49,7 +49,34 @@ def log_sum_exp_and_score(
     return top + (total * (largest - top).exp()).sum(dim=0).log(), score.sum(dim=0)
 
 
-class ChunkedLinearCrossEntropy(torch.autograd.Function):
+def chunked_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocabulary: Vocabulary,
+    *,
+    z_loss: float,
+    gradient: float,
+    rows: RowPasses,
+) -> torch.Tensor:
+    """See `contract.LinearCrossEntropy`.
+
+    Args:
+        hidden: As there.
+        weight: As there.
+        targets: As there.
+        vocabulary: As there.
+        z_loss: As there.
+        gradient: As there.
+        rows: The back end's.
+    """
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedLinearCrossEntropy.apply(
+        hidden, weight, targets, vocabulary, z_loss, gradient, rows, with_grad
+    )
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """See the module."""
 
     @staticmethod
@@ -62,7 +89,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         loss = torch.empty(targets.shape, dtype=wide, device=hidden.device)
         log_sum_exp = torch.empty_like(loss)
         ctx.arguments = (vocabulary, z_loss, gradient, rows)
-        grads = _Gradients(hidden, weight, targets.shape[0]) if with_grad else None
+        grads = _Gradients(hidden, weight, rows) if with_grad else None
         for chunk in chunks(targets.shape[0]):
             logits = F.linear(hidden[chunk], weight)  # [c, v/tp]
             statistics = rows.statistics(logits, index[chunk], num_real)
@@ -89,7 +116,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         # Tokens with gradients of their own, or a second backward pass.
         del grads
         num_real = vocabulary.num_real(weight.shape[0])
-        again = _Gradients(hidden, weight, index.shape[0])
+        again = _Gradients(hidden, weight, rows)
         for chunk in chunks(index.shape[0]):
             logits = F.linear(hidden[chunk], weight)
             lse = log_sum_exp[chunk]
@@ -108,23 +135,24 @@ def _to_gradients_(logits, index, lse, scale, z_loss, num_real, rows) -> None:
 class _Gradients:
     """Collects those of hidden and weight over the chunks, the weight's in at least float32."""
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, num_tokens: int) -> None:
-        self._hidden, self._weight = hidden, weight
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, rows: RowPasses) -> None:
+        self._hidden, self._weight, self._rows = hidden, weight, rows
         self._of_hidden = torch.empty_like(hidden)
         self._of_weight: torch.Tensor | None = None
-        self._is_one_chunk = len(list(chunks(num_tokens))) == 1
 
     def add(self, chunk: slice, of_logits: torch.Tensor) -> None:
+        """Takes the gradient of a chunk's logits, [c, v/tp]."""
         torch.mm(of_logits, self._weight, out=self._of_hidden[chunk])
         part = of_logits.t() @ self._hidden[chunk]  # [v/tp, h]
-        if self._is_one_chunk:
-            self._of_weight = part
-        elif self._of_weight is None:
-            self._of_weight = part.to(torch.promote_types(part.dtype, torch.float32))
+        if self._of_weight is None:
+            is_last = chunk.stop == len(self._hidden)
+            wide = torch.promote_types(part.dtype, torch.float32)
+            self._of_weight = part if is_last else part.to(wide)
         else:
-            self._of_weight += part
+            self._rows.accumulate_(self._of_weight, part)
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of hidden and weight, of their type."""
         of_weight = self._of_weight
         if of_weight is None:  # no tokens
             of_weight = torch.zeros_like(self._weight)

@@ -69,7 +69,7 @@ class LinearCrossEntropy(Protocol):
 
 
 class RowPasses(Protocol):
-    """What a back end brings: two passes over the rows of a chunk of logits."""
+    """What a back end brings: its passes over the rows of a chunk of logits, and over gradients."""
 
     def statistics(
         self, logits: torch.Tensor, index: torch.Tensor, num_real: int
@@ -106,6 +106,10 @@ class RowPasses(Protocol):
             target_scale: As scale.
             num_real: As in `statistics`.
         """
+        ...
+
+    def accumulate_(self, total: torch.Tensor, part: torch.Tensor) -> None:
+        """Adds part to total, which is of the same shape and at least float32."""
         ...
 
     def scale_unless_one_(

@@ -1,0 +1,70 @@
+"""Linear + cross entropy on a CPU: each row of logits stays in the cache through a pass."""
+
+# c tokens of a chunk, v padded vocabulary; "/tp" local
+
+from __future__ import annotations
+
+import torch
+
+from megagpt.kernels.linear_cross_entropy.chunked import chunked_linear_cross_entropy
+from megagpt.kernels.linear_cross_entropy.contract import Vocabulary
+from megagpt.kernels.native import at, native, native_problem
+
+
+def problem(device: torch.device, dtype: torch.dtype, **_: int) -> str | None:
+    """Why it cannot run on tensors like these; None if it can."""
+    return native_problem(device, dtype)
+
+
+class _Rows:
+    """See `contract.RowPasses`."""
+
+    def statistics(
+        self, logits: torch.Tensor, index: torch.Tensor, num_real: int
+    ) -> torch.Tensor:
+        out = torch.empty(3, logits.shape[0], dtype=torch.float32)
+        native("row_statistics", logits.dtype)(
+            at(logits), at(index), *logits.shape, num_real, at(out)
+        )
+        return out
+
+    def gradients_(
+        self,
+        logits: torch.Tensor,
+        index: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        scale: torch.Tensor,
+        target_scale: torch.Tensor,
+        num_real: int,
+    ) -> None:
+        native("row_gradients", logits.dtype)(
+            *map(at, (logits, index, log_sum_exp, scale, target_scale)), *logits.shape, num_real
+        )
+
+    def accumulate_(self, total: torch.Tensor, part: torch.Tensor) -> None:
+        native("accumulate", part.dtype)(at(total), at(part), part.numel())
+
+    def scale_unless_one_(
+        self, tensors: tuple[torch.Tensor, ...], ratio: torch.Tensor, tolerance: float
+    ) -> None:
+        if abs(ratio.item() - 1.0) > tolerance:
+            for tensor in tensors:
+                tensor.mul_(ratio)
+
+
+_ROWS = _Rows()
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocabulary: Vocabulary,
+    z_loss: float = 0.0,
+    gradient: float = 1.0,
+) -> torch.Tensor:
+    """See `contract.LinearCrossEntropy`."""
+    return chunked_linear_cross_entropy(
+        hidden, weight, targets, vocabulary, z_loss=z_loss, gradient=gradient, rows=_ROWS
+    )
