@@ -18,12 +18,15 @@ _FLAGS = ("-std=c++17", "-shared", "-fPIC")
 _THIS_PROCESSOR = "-march=native"
 
 
-def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
+def compile_library(
+    source: Path, flags: tuple[str, ...], *, included: tuple[Path, ...] = ()
+) -> Path:
     """The library's path, compiled if it is not there yet (about 5 seconds).
 
     Args:
         source: One file of C++.
         flags: Beside those that make it a library.
+        included: Other files of ours that it is made of.
 
     Raises:
         ValueError: If there is no compiler, or it fails.
@@ -33,7 +36,8 @@ def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
     made_for = [*flags, *_FLAGS, platform.machine()]
     if _THIS_PROCESSOR in flags:
         made_for.append(_instructions())
-    content = source.read_bytes() + " ".join(made_for).encode()
+    parts = [path.read_bytes() for path in (source, *included)]
+    content = b"\0".join([*parts, " ".join(made_for).encode()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megagpt"
     digest = hashlib.sha256(content).hexdigest()[:16]
     library = cache / f"{source.parent.name}_{source.stem}_{digest}.so"

@@ -51,6 +51,9 @@ class ModelConfig:
     """Normalise queries and keys per head."""
     tie_embeddings: bool = True
     """Share the embedding with the output layer."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator in the training loss; keeps
+    logits small (PaLM: 1e-4). Validation leaves it out."""
     init_std: float = 0.02
     """Standard deviation of initial weights; over sqrt(2 * num_layers) for residual outputs."""
 
@@ -61,6 +64,7 @@ class ModelConfig:
         """Checks the shape; a bad one is a ValueError."""
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1); choose for example 0.1")
+        require_not_negative(self, "z_loss")
         require_positive(
             self,
             "num_layers",
@@ -230,6 +234,9 @@ class TrainingConfig:
     """Save and stop after this step, before train_steps; the schedule is that of the whole run."""
     precision: Precision = "bf16"
     """Type of weights and activations; master weights, gradients and moments are fp32."""
+    kernels: Literal["auto", "reference", "triton", "cpu"] = "auto"
+    """Back end of the fused operations: the fastest that runs here, plain torch, Triton's on a GPU,
+    or compiled C++ on a CPU; the log tells what each layer got."""
     activation_checkpointing: Recompute = "none"
     """What the backward pass recomputes: nothing, whole blocks, or attention only."""
     seed: int = 1234

@@ -1,6 +1,7 @@
 """Compiles and loads `native.cpp`, the inner loops of the data pipeline.
 
-Where there is no compiler the callers go on in Python, and `load_native` has said so. Every function has its equal in Python, next to its caller.
+Where there is no compiler the callers go on in Python, and `load_native` has said so. Every
+function has its equal in Python, next to its caller.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def generate(
             raise ValueError(f"{name}={count} must be at least 1; give a positive number")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed} does not fit into 64 bits; give a smaller number")
-    vocab_size = model.lm_head.vocab_size
+    vocab_size = model.lm_head.vocabulary.size
     for token in prompt:
         if not 0 <= token < vocab_size:
             raise ValueError(

@@ -1,1 +1,1 @@
-"""Fused kernels: a folder an op, with one contract and several back ends; chosen by `registry.py`."""
+"""Fused kernels: a folder an op, one contract and several back ends; `registry.py` chooses."""

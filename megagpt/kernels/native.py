@@ -1,10 +1,12 @@
-"""Compiles and loads `native.cpp`, the passes over memory of the CPU back ends."""
+"""Compiles and loads the C++ of the CPU back ends: a `native.cpp` beside each `cpu.py`.
+
+Every function stands in it once for each type that it knows, as `megagpt_NAME_TYPE`.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +14,60 @@ import torch
 
 from megagpt.compiled import compile_library
 
-SOURCE = Path(__file__).with_name("native.cpp")
-# Vectors of the whole width; nothing traps, and errno is nobody's. Order of sums as written, but
-# for those that the source marks.
+POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+"""Of arguments: what `at` gives, a count, a number."""
+
+_SHARED = Path(__file__).with_name("elements.inc")
+# Vectors of the whole width; nothing traps, and errno is nobody's. Sums in the order that is
+# written, but for those that the source marks.
 _FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
-_P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURES: dict[str, list[Any]] = {
-    "row_statistics": [_P, _P, _N, _N, _N, _P],
-    "row_gradients": [_P, _P, _P, _P, _P, _N, _N, _N],
-    "swiglu_forward": [_P, _P, _P, _N],
-    "swiglu_backward": [_P, _P, _P, _P, _P, _N],
-    "gelu_forward": [_P, _P, _N],
-    "gelu_backward": [_P, _P, _P, _N],
-    "rms_norm_forward": [_P, _P, _P, _P, _P, _P, _N, _N, _F],
-    "rms_norm_backward": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _N],
-    "rotary_turn": [_P, _P, _P, _P, _N, _N, _N, _N, _F],
-    "accumulate": [_P, _P, _N],
-}
 
+class Library:
+    """The functions of one `native.cpp`; compiled when one is first asked for.
 
-@lru_cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(compile_library(SOURCE, _FLAGS)))
-    for name, arguments in _SIGNATURES.items():
-        for suffix in _SUFFIXES.values():
-            function = getattr(library, f"megagpt_{name}_{suffix}")
-            function.restype, function.argtypes = None, arguments
-    return library
+    Args:
+        caller: The `cpu.py` beside it.
+        signatures: Arguments of each function, the same for each type.
+    """
 
+    def __init__(self, caller: str, signatures: dict[str, list[Any]]) -> None:
+        self.source = Path(caller).with_name("native.cpp")
+        self._signatures = signatures
 
-@lru_cache
-def _compile_problem() -> str | None:
-    try:
-        _library()
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
+    @cached_property
+    def _loaded(self) -> ctypes.CDLL | str:
+        """The library, or why there is none."""
+        try:
+            return ctypes.CDLL(str(compile_library(self.source, _FLAGS, included=(_SHARED,))))
+        except (ValueError, OSError) as error:
+            return str(error)
 
+    def problem(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the functions cannot run on tensors like these; None if they can."""
+        if device.type != "cpu":
+            return f"it is for CPUs, not {device.type}"
+        word = str(dtype).removeprefix("torch.")
+        if dtype not in _SUFFIXES:
+            return f"it knows fp32 and bf16, not {word}"
+        if isinstance(self._loaded, str):
+            return self._loaded
+        for name in self._signatures:
+            if not hasattr(self._loaded, f"megagpt_{name}_{_SUFFIXES[dtype]}"):
+                return f"this processor has no 512-bit vectors for {word}"
+        return None
 
-def native_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the passes cannot run on tensors like these; None if they can."""
-    if device.type != "cpu":
-        return f"it is for CPUs, not {device.type}"
-    if dtype not in _SUFFIXES:
-        return f"it knows fp32 and bf16, not {str(dtype).removeprefix('torch.')}"
-    return _compile_problem()
-
-
-def native(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """One pass for tensors of a type; takes addresses (`at`), sizes and numbers."""
-    return getattr(_library(), f"megagpt_{name}_{_SUFFIXES[dtype]}")
+    def call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        """Calls one function for tensors of a type."""
+        assert not isinstance(self._loaded, str), self._loaded
+        function = getattr(self._loaded, f"megagpt_{name}_{_SUFFIXES[dtype]}")
+        if function.argtypes is None:
+            function.restype, function.argtypes = None, self._signatures[name]
+        function(*arguments)
 
 
 def at(tensor: torch.Tensor | None) -> int | None:

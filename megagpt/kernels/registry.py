@@ -13,15 +13,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Backend = Literal["reference", "triton", "cpu"]
+Backend = Literal["reference", "triton", "cpu", "cuda"]
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "linear_cross_entropy": ("triton", "cpu"),
-    "rms_norm": ("triton", "cpu"),
-    "swiglu": ("triton", "cpu"),
-    "rotary": ("triton", "cpu"),
+    "attention": ("cuda", "cpu"),
+    "linear_cross_entropy": ("cpu",),
+    "rms_norm": ("cpu",),
+    "swiglu": ("cpu",),
+    "rotary": ("cpu",),
 }
-"""Of each op beside its reference, the fastest first."""
+"""Of each op beside its reference, the fastest first; `cuda` is what torch brings for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Kernels:
         self.device = device
         self.dtype = dtype
         self.choices: dict[Choice, int] = {}
+        if requested != "reference":
+            # Here, and not where layers are made: under `zero.Init` tensors are not torch's own,
+            # and what a back end imports must not see those.
+            for op, backends in BACKENDS.items():
+                for backend in backends:
+                    _module(op, backend)
 
     def choose(self, op: str, **sizes: int) -> Callable[..., Any]:
         """The function of one op for one layer.
@@ -76,7 +83,8 @@ class Kernels:
             return "reference", "asked for"
         refused = []
         for backend in BACKENDS[op]:
-            if self.requested not in ("auto", backend):
+            asked = {"auto", backend} | ({"triton"} if backend == "cuda" else set())
+            if self.requested not in asked:
                 continue
             problem = _module(op, backend).problem(self.device, self.dtype, **sizes)
             if problem is None:
@@ -99,6 +107,10 @@ class Kernels:
             rows.append((choice.op, sizes, choice.backend, str(count), choice.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+REFERENCE = Kernels()
+"""The definitions, on any device and of any type."""
 
 
 def _module(op: str, backend: str) -> Any:

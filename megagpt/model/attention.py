@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
+from megagpt.kernels.attention.contract import Documents
+from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.model.dropout import Site, keyed_dropout
 from megagpt.model.layers import (
     ColumnParallelLinear,
@@ -68,24 +70,15 @@ def rotary_tables(
         dtype: Of the result; computed in at least float32.
 
     Returns:
-        Two [1 or b, 1, s, d].
+        Two [1 or b, s, d/2].
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, in Llama's half-split form.
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, head_size, 2, dtype=wide, device=position_ids.device)
     frequencies = 1.0 / theta ** (exponents / head_size)  # [d/2]
-    angles = position_ids.to(wide).unsqueeze(-1) * frequencies  # [.., s, d/2]
-    angles = torch.cat([angles, angles], dim=-1)
-    angles = angles.unsqueeze(-3) if angles.dim() == 3 else angles[None, None]
+    angles = torch.atleast_2d(position_ids).to(wide).unsqueeze(-1) * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turns [b, n, s, d] by its positions."""
-    cos, sin = tables
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 @dataclass(frozen=True)
@@ -96,8 +89,8 @@ class SequenceContext:
     """[s] or [b, s], int64."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     """From `rotary_tables`, for the whole sequence; None without rotary positions."""
-    mask: torch.Tensor | None = None
-    """[b, 1, s, s], bool, from `document_mask`; None: causal over the whole sequence."""
+    documents: Documents | None = None
+    """Within which attention stays; None: each sample is one."""
     dropout_keys: torch.Tensor | None = None
     """[b], from `dropout_keys`; None drops nothing."""
     dropout: float = 0.0
@@ -128,20 +121,6 @@ def call(
     return function(*arguments)
 
 
-def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """Which tokens see which: earlier ones of their own document, and themselves.
-
-    Args:
-        position_ids: [b, s], int64; a document begins where they are 0, and at the first token.
-
-    Returns:
-        [b, 1, s, s], bool: query, key.
-    """
-    document = (position_ids == 0).cumsum(dim=-1)  # [b, s]
-    same = document.unsqueeze(-1) == document.unsqueeze(-2)  # [b, s, s]
-    return same.tril_().unsqueeze(1)
-
-
 class Attention(nn.Module):
     """Self-attention of one block.
 
@@ -150,10 +129,17 @@ class Attention(nn.Module):
         tp: Over which heads are split; key/value heads fewer than its ranks are shared by them.
         layer: Index of the block, for the KV cache.
         recompute: Whether backward computes scores and softmax again instead of keeping them.
+        kernels: Chooses those of rotary positions and per-head norms.
     """
 
     def __init__(
-        self, config: ModelConfig, tp: TensorParallel, *, layer: int, recompute: bool
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        *,
+        layer: int,
+        recompute: bool,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -167,9 +153,11 @@ class Attention(nn.Module):
         self.output = RowParallelLinear(h, h, bias=config.bias, tp=tp)
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm = Norm(config, config.head_size, split_group=tp.group)
-            self.key_norm = Norm(config, config.head_size, split_group=tp.group)
-        self.grouped = config.num_attention_heads // tp.size != max(config.kv_heads // tp.size, 1)
+            per_head = partial(Norm, config, config.head_size, split_group=tp.group)
+            self.query_norm, self.key_norm = per_head(kernels=kernels), per_head(kernels=kernels)
+        if config.position_embedding == "rope":
+            self.rotary = kernels.choose("rotary", head_size=config.head_size)
+        self.attend = kernels.choose("attention", head_size=config.head_size)
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """[b, s, h] -> [b, s, h], s/tp under sequence parallelism.
@@ -184,25 +172,30 @@ class Attention(nn.Module):
 
         query, key = heads(self.query(x)), heads(self.key(x))  # [b, s, n/tp, d], [b, s, k/tp, d]
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)  # [b, n/tp, s, d]
-        value = heads(self.value(x)).transpose(1, 2)
+            (query, _), (key, _) = self.query_norm(query), self.key_norm(key)
         if context.rotary is not None:
-            query, key = apply_rotary(query, context.rotary), apply_rotary(key, context.rotary)
-        mask = context.mask
-        if context.cache is not None:
-            key, value = context.cache.extend(self.layer, key, value)
-            total = key.shape[2]
-            # New token i sees everything up to itself, at position total - s + i.
-            mask = torch.ones(s, total, dtype=torch.bool, device=x.device).tril(total - s)
-        attend = partial(
-            F.scaled_dot_product_attention,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.grouped,
+            query, key = self.rotary(query, key, *context.rotary)
+        value = heads(self.value(x))
+        if context.cache is None:
+            arguments = (query, key, value, context.documents)
+            attended = call(self.attend, *arguments, recompute=self.recompute)
+        else:
+            attended = self._attend_to_cache(query, key, value, context.cache)
+        return self.output(attended.view(b, s, -1))
+
+    def _attend_to_cache(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        """New tokens, [b, s, n or k, d], see themselves and all that the cache holds."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        key, value = cache.extend(self.layer, key, value)
+        s, total = query.shape[2], key.shape[2]
+        # New token i sees everything up to itself, at position total - s + i.
+        mask = torch.ones(s, total, dtype=torch.bool, device=query.device).tril(total - s)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
         )
-        attended = call(attend, query, key, value, recompute=self.recompute)  # [b, n/tp, s, d]
-        return self.output(attended.transpose(1, 2).reshape(b, s, -1))
+        return attended.transpose(1, 2).contiguous()
 
 
 def _key_or_value(config: ModelConfig, tp: TensorParallel) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megagpt.config.schema import ModelConfig, ParallelConfig, Recompute
+from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize
 from megagpt.model.layers import TensorParallel
@@ -45,6 +46,7 @@ def build_model(
     groups: ProcessGroups,
     recompute: Recompute = "none",
     has_position_ids: bool = False,
+    kernels: Kernels = REFERENCE,
     device: torch.device = _CPU,
 ) -> GPTModel | GPTPipeline:
     """A model with its initial weights, which are the same for every layout.
@@ -58,6 +60,7 @@ def build_model(
         groups: Of those degrees.
         recompute: What backward computes again, see `Block`.
         has_position_ids: Whether batches carry document positions.
+        kernels: As in `GPTModel`.
         device: Where the model is made, so that the ranks of a node do not each hold a whole one in
             host memory; under ZeRO-3 DeepSpeed decides.
 
@@ -70,7 +73,13 @@ def build_model(
         from megagpt.model.zero3 import build_sharded_model
 
         return build_sharded_model(
-            config, seed=seed, ds_config=ds_config, groups=groups, tp=tp, recompute=recompute
+            config,
+            seed=seed,
+            ds_config=ds_config,
+            groups=groups,
+            tp=tp,
+            recompute=recompute,
+            kernels=kernels,
         )
     model: GPTModel | GPTPipeline
     # Of the weights' type from the first: on the device no larger copy stands beside them.
@@ -87,8 +96,9 @@ def build_model(
                 has_position_ids=has_position_ids,
                 tp=tp,
                 recompute=recompute,
+                kernels=kernels,
             )
         else:
-            model = GPTModel(config, tp, recompute=recompute)
+            model = GPTModel(config, tp, recompute=recompute, kernels=kernels)
     initialize(model, config, seed=seed, tp_group=tp.group)
     return model

@@ -2,7 +2,7 @@
 
 A model may be one stage of a pipeline: it then holds a part of the modules, under the same
 canonical names, which checkpoints and initialisation use.
-Next files: `attention.py`, `mlp.py`, `loss.py`, `initialization.py`, `pipeline.py`.
+Next files: `attention.py`, `mlp.py`, `initialization.py`, `pipeline.py`, `megagpt/kernels/`.
 """
 
 # b micro-batch, s sequence, h hidden, v padded vocabulary; "/tp" marks a local shard, s/tp only
@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagpt.config.schema import ModelConfig, Recompute
+from megagpt.kernels.attention.contract import Documents
+from megagpt.kernels.linear_cross_entropy.contract import Vocabulary
+from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.model.attention import (
     Attention,
     KVCache,
     SequenceContext,
     call,
-    document_mask,
     rotary_tables,
 )
 from megagpt.model.dropout import Site
@@ -32,7 +34,6 @@ from megagpt.model.layers import (
     VocabParallelEmbedding,
     empty_parameter,
 )
-from megagpt.model.loss import linear_cross_entropy
 from megagpt.model.mlp import MLP
 from megagpt.model.norm import Norm
 from megagpt.parallel.collectives import copy_to_group
@@ -85,28 +86,38 @@ class Block(nn.Module):
         layer: Index of the block.
         recompute: What backward computes again instead of keeping it: the whole block (`full`),
             scores and softmax of attention (`selective`), or nothing.
+        kernels: Chooses those of its layers.
     """
 
     def __init__(
-        self, config: ModelConfig, tp: TensorParallel, *, layer: int, recompute: Recompute
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        *,
+        layer: int,
+        recompute: Recompute,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.recompute = recompute == "full"
         h = config.hidden_size
-        self.attention_norm = Norm(config, h, split_group=tp.stream_group)
-        self.attention = Attention(config, tp, layer=layer, recompute=recompute == "selective")
-        self.mlp_norm = Norm(config, h, split_group=tp.stream_group)
-        self.mlp = MLP(config, tp)
+        self.attention_norm = Norm(config, h, split_group=tp.stream_group, kernels=kernels)
+        self.attention = Attention(
+            config, tp, layer=layer, recompute=recompute == "selective", kernels=kernels
+        )
+        self.mlp_norm = Norm(config, h, split_group=tp.stream_group, kernels=kernels)
+        self.mlp = MLP(config, tp, kernels=kernels)
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """[b, s, h] -> [b, s, h], s/tp under sequence parallelism."""
         return call(self._forward, x, context, recompute=self.recompute)
 
     def _forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        attended = self.attention(self.attention_norm(x), context)
-        x = x + context.drop(attended, layer=self.layer, site=Site.ATTENTION)
-        return x + context.drop(self.mlp(self.mlp_norm(x)), layer=self.layer, site=Site.MLP)
+        attended = self.attention(self.attention_norm(x)[0], context)
+        attended = context.drop(attended, layer=self.layer, site=Site.ATTENTION)
+        normed, x = self.mlp_norm(attended, residual=x)
+        return x + context.drop(self.mlp(normed), layer=self.layer, site=Site.MLP)
 
 
 class LanguageModelHead(nn.Module):
@@ -118,30 +129,49 @@ class LanguageModelHead(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, tp: TensorParallel, *, tied_weight: nn.Parameter | None
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        *,
+        tied_weight: nn.Parameter | None,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None
-        self.vocab_size = config.vocab_size
         self.tp = tp
+        self.z_loss = config.z_loss
+        rows = config.padded_vocab_size(tp.size) // tp.size
+        self.vocabulary = Vocabulary(config.vocab_size, first=tp.rank * rows, group=tp.group)
+        self.linear_cross_entropy = kernels.choose(
+            "linear_cross_entropy", size=config.hidden_size, rows=rows
+        )
         if tied_weight is None:
-            rows = config.padded_vocab_size(tp.size) // tp.size
             self.weight = empty_parameter(rows, config.hidden_size, tp_dim=0)
         else:
             self.weight = tied_weight
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None, *, gradient: float = 1.0
+    ) -> torch.Tensor:
         """[b, s, h] -> loss [b, s]; without labels, logits over real tokens; at least float32.
 
-        Logits are [b, s, vocab_size], and need the whole vocabulary on this rank.
+        Logits are [b, s, vocab_size], and need the whole vocabulary on this rank. In training mode
+        the loss holds the z-loss; `gradient` is what backward will hand to each token's loss.
         """
         if labels is None:
             assert self.tp.size == 1, "logits are for inference, at tp = 1"
-            logits = F.linear(hidden, self.weight)[..., : self.vocab_size]
+            logits = F.linear(hidden, self.weight)[..., : self.vocabulary.size]
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return linear_cross_entropy(
-            hidden, self.weight, labels, vocab_size=self.vocab_size, tp=self.tp
+        hidden = self.tp.enter(hidden)  # [b, s, h], under sequence parallelism too
+        loss = self.linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            vocabulary=self.vocabulary,
+            z_loss=self.z_loss if self.training else 0.0,
+            gradient=gradient,
         )
+        return loss.view(labels.shape)
 
 
 class GPTModel(nn.Module):
@@ -152,6 +182,11 @@ class GPTModel(nn.Module):
         tp: What splits each layer; default nothing.
         recompute: What backward computes again, see `Block`.
         stage: Part of the model to hold; default all of it.
+        kernels: Chooses those of the layers; default the definitions.
+
+    Attributes:
+        loss_gradient: What backward will hand to each token's loss, as far as the caller knows; the
+            loss is fastest where it is true.
     """
 
     def __init__(
@@ -161,9 +196,11 @@ class GPTModel(nn.Module):
         *,
         recompute: Recompute = "none",
         stage: PipelineStage | None = None,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
         self.config = config
+        self.loss_gradient = 1.0
         self.stage = stage = stage or whole_model(config)
         self.stream_group = tp.stream_group
         tied_weight = None
@@ -173,13 +210,15 @@ class GPTModel(nn.Module):
         # By global index, so that names are the same on every layout.
         self.layers = nn.ModuleDict(
             {
-                str(i): Block(config, tp, layer=i, recompute=recompute)
+                str(i): Block(config, tp, layer=i, recompute=recompute, kernels=kernels)
                 for i in range(stage.first_layer, stage.end_layer)
             }
         )
         if stage.is_last:
-            self.final_norm = Norm(config, config.hidden_size, split_group=tp.stream_group)
-            self.lm_head = LanguageModelHead(config, tp, tied_weight=tied_weight)
+            self.final_norm = Norm(
+                config, config.hidden_size, split_group=tp.stream_group, kernels=kernels
+            )
+            self.lm_head = LanguageModelHead(config, tp, tied_weight=tied_weight, kernels=kernels)
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of this stage once, by its global name."""
@@ -194,6 +233,7 @@ class GPTModel(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         dropout_keys: torch.Tensor | None = None,
+        document_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss of each token, of a whole model.
 
@@ -203,14 +243,21 @@ class GPTModel(nn.Module):
             position_ids: [b, s], int64, 0 where a document begins; attention then stays within
                 documents. Default: 0 to s - 1, one document.
             dropout_keys: [b], from `dropout_keys`; dropped is in training mode only.
+            document_offsets: [documents + 1], int32, see `Documents.offsets`; a GPU that is not
+                given them with position ids makes the host wait.
 
         Returns:
             [b, s], at least float32, nats; 0 where the label is IGNORE_INDEX.
         """
         context = self.context(
-            tokens.shape[1], tokens.device, position_ids=position_ids, dropout_keys=dropout_keys
+            tokens.shape[1],
+            tokens.device,
+            position_ids=position_ids,
+            dropout_keys=dropout_keys,
+            document_offsets=document_offsets,
         )
-        return self.lm_head(self.hidden_states(tokens, context), labels)
+        hidden = self.hidden_states(tokens, context)
+        return self.lm_head(hidden, labels, gradient=self.loss_gradient)
 
     def logits(self, tokens: torch.Tensor, kv_cache: KVCache | None = None) -> torch.Tensor:
         """Logits of the next token at each position, at tp = 1.
@@ -232,6 +279,7 @@ class GPTModel(nn.Module):
         *,
         position_ids: torch.Tensor | None = None,
         dropout_keys: torch.Tensor | None = None,
+        document_offsets: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> SequenceContext:
         """What the blocks share in one pass over tokens, which follow those of the cache.
@@ -248,6 +296,9 @@ class GPTModel(nn.Module):
         positions = (
             torch.arange(start, end, device=device) if position_ids is None else position_ids
         )
+        documents = None
+        if position_ids is not None:
+            documents = Documents(position_ids, document_offsets)
         rotary = None
         if self.config.position_embedding == "rope":
             dtype = next(self.parameters()).dtype
@@ -255,7 +306,7 @@ class GPTModel(nn.Module):
         return SequenceContext(
             positions=positions,
             rotary=rotary,
-            mask=None if position_ids is None else document_mask(position_ids),
+            documents=documents,
             dropout_keys=dropout_keys if self.training else None,
             dropout=self.config.dropout,
             stream_group=self.stream_group,
@@ -277,7 +328,7 @@ class GPTModel(nn.Module):
             x = context.drop(embedded, layer=0, site=Site.EMBEDDING)
         for layer in self.layers.values():
             x = layer(x, context)
-        return self.final_norm(x) if self.stage.is_last else x
+        return self.final_norm(x)[0] if self.stage.is_last else x
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagpt.config.schema import ModelConfig
+from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.model.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
@@ -16,7 +17,9 @@ class MLP(nn.Module):
     Source of SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(
+        self, config: ModelConfig, tp: TensorParallel, *, kernels: Kernels = REFERENCE
+    ) -> None:
         super().__init__()
         self.tp = tp
         h, f = config.hidden_size, config.ffn_size
@@ -24,6 +27,7 @@ class MLP(nn.Module):
         self.gate = None
         if config.activation == "swiglu":
             self.gate = ColumnParallelLinear(h, f, bias=config.bias, tp=tp)
+            self.swiglu = kernels.choose("swiglu", size=f // tp.size)
         self.down = RowParallelLinear(f, h, bias=config.bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,4 +35,4 @@ class MLP(nn.Module):
         x = self.tp.enter(x)
         if self.gate is None:
             return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.swiglu(self.gate(x), self.up(x)))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagpt.config.schema import ModelConfig
+from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.parallel.collectives import copy_to_group
 from megagpt.parallel.groups import Group
 
@@ -23,19 +24,31 @@ class Norm(nn.Module):
     Sennrich 2019, https://arxiv.org/abs/1910.07467, normalised in float32.
     """
 
-    def __init__(self, config: ModelConfig, size: int, *, split_group: Group = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        size: int,
+        *,
+        split_group: Group = None,
+        kernels: Kernels = REFERENCE,
+    ) -> None:
         super().__init__()
         self.split_group = split_group
         self.eps = config.norm_eps
-        self.is_rms = config.normalization == "rmsnorm"
+        self.rms_norm = None
+        if config.normalization == "rmsnorm":
+            self.rms_norm = kernels.choose("rms_norm", size=size)
         self.weight = nn.Parameter(torch.empty(size))
-        has_bias = config.bias and not self.is_rms
+        has_bias = config.bias and self.rms_norm is None
         self.bias = nn.Parameter(torch.empty(size)) if has_bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., size] -> [.., size]."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[.., size], and what is added to it first -> the norm of the sum, and the sum."""
         weight = copy_to_group(self.weight, self.split_group)
-        if self.is_rms:
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        if self.rms_norm is not None:
+            return self.rms_norm(x, weight, self.eps, residual)
+        total = x if residual is None else x + residual
         bias = None if self.bias is None else copy_to_group(self.bias, self.split_group)
-        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        return F.layer_norm(total, total.shape[-1:], weight, bias, self.eps), total

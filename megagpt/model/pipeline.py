@@ -55,7 +55,9 @@ class GPTStage(GPTModel):
             labels.shape[1], first.device, position_ids=position_ids, dropout_keys=keys
         )
         x = self.hidden_states(first, context)
-        return self.lm_head(x, labels) if self.stage.is_last else (x, labels, *rest)
+        if not self.stage.is_last:
+            return (x, labels, *rest)
+        return self.lm_head(x, labels, gradient=self.loss_gradient)
 
 
 class GPTPipeline(PipelineModule):

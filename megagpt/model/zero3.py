@@ -12,6 +12,7 @@ import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from megagpt.config.schema import ModelConfig, Recompute
+from megagpt.kernels.registry import Kernels
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import fill_range
 from megagpt.model.layers import TensorParallel
@@ -26,6 +27,7 @@ def build_sharded_model(
     groups: ProcessGroups,
     tp: TensorParallel,
     recompute: Recompute,
+    kernels: Kernels,
 ) -> GPTModel:
     """A model whose parameters are sharded over dp, with their initial weights.
 
@@ -38,6 +40,7 @@ def build_sharded_model(
         groups: Of the layout.
         tp: As in `GPTModel`.
         recompute: As in `GPTModel`.
+        kernels: As in `GPTModel`.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False)  # takes the group that exists
     # The groups of zero_hpz_partition_size; an earlier model's are refused, not taken.
@@ -47,7 +50,7 @@ def build_sharded_model(
         config_dict_or_path=ds_config,
         mpu=groups,
     ):
-        model = GPTModel(config, tp, recompute=recompute)
+        model = GPTModel(config, tp, recompute=recompute, kernels=kernels)
     _mend_swapper(model)
     _fill_shards(model, config, seed=seed, tp_group=tp.group)
     return model

@@ -18,10 +18,9 @@ import torch
 from megagpt.config.schema import DataConfig, TrainingConfig
 from megagpt.data.datasets import Dataset
 from megagpt.data.samples.gpt_dataset import PAD
-from megagpt.data.samples.masks import document_boundaries, tokens_to_batch
+from megagpt.data.samples.masks import IGNORE_INDEX, document_boundaries, tokens_to_batch
 from megagpt.data.samples.sampler import BatchSampler
 from megagpt.model.dropout import dropout_keys
-from megagpt.model.loss import IGNORE_INDEX
 
 
 class MicroBatch(NamedTuple):
@@ -35,6 +34,8 @@ class MicroBatch(NamedTuple):
     """[b, s], int64, 0 where a document begins; None: one document a sample."""
     dropout_keys: torch.Tensor | None = None
     """[b], int64; None without dropout."""
+    document_offsets: torch.Tensor | None = None
+    """[documents + 1], int32: where they begin in the b*s tokens, and b*s at the end."""
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +52,7 @@ class MicroBatch(NamedTuple):
 
     def pipeline_inputs(self) -> tuple[torch.Tensor, ...]:
         """What the first stage takes, see `megagpt.model.pipeline.GPTStage`."""
-        return tuple(tensor for tensor in self if tensor is not None)
+        return tuple(tensor for tensor in self[:4] if tensor is not None)
 
 
 class Batches:
@@ -163,12 +164,16 @@ class Batches:
             masked_after=self.end_of_document if data.eod_mask_loss else None,
             out=buffer[:2].numpy(),
         )
-        positions = keys = None
+        positions = keys = offsets = None
         if data.document_masking:
             assert self.end_of_document is not None
             positions = buffer[2]
-            positions.numpy()[:] = document_boundaries(tokens, self.end_of_document)[0]
+            places, begins = document_boundaries(tokens, self.end_of_document)
+            positions.numpy()[:] = places
+            offsets = torch.from_numpy(begins)
+            if self._is_pinned:
+                offsets = offsets.pin_memory()
         if self.has_dropout:
             # In evaluation too, where nothing is dropped: a pipeline's messages keep their form.
             keys = dropout_keys(torch.tensor(indices), seed=self._training.seed, step=step)
-        return MicroBatch(buffer[0], buffer[1], positions, keys)
+        return MicroBatch(buffer[0], buffer[1], positions, keys, offsets)

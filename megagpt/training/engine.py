@@ -175,6 +175,13 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
+def expect_gradient(engine: deepspeed.DeepSpeedEngine, gradient: float) -> None:
+    """Tells the model what the next backward passes hand to each token's loss, but fp16's scale."""
+    model = engine.module.stage_model if engine.pipeline_parallelism else engine.module
+    scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+    model.loss_gradient = gradient * scale
+
+
 @torch.no_grad()
 def parameter_norm(engine: deepspeed.DeepSpeedEngine, groups: ProcessGroups) -> float:
     """Euclidean norm of all weights of the model, each counted once; a collective."""

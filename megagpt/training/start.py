@@ -25,6 +25,7 @@ from megagpt.checkpoint.loader import CheckpointRefused
 from megagpt.checkpoint.saver import Checkpointer
 from megagpt.config.command_line import config_to_dict
 from megagpt.data.samples.sampler import BatchSampler
+from megagpt.kernels.registry import Kernels
 from megagpt.model.build import build_model
 from megagpt.model.gpt import count_parameters
 from megagpt.operations.hardware import device_name
@@ -73,17 +74,22 @@ def start(run: Run) -> Iterator[Session]:
     # First, and before minutes of building: over several hosts this one can fail by itself.
     agreement = Agreement(timedelta(minutes=config.checkpoint.timeout_minutes))
     groups = ProcessGroups(run.resolved.topology)
+    device, dtype = _device(run), _DTYPES[config.training.precision]
+    kernels = Kernels(config.training.kernels, device=device, dtype=dtype)
     model = build_model(
         config.model,
         seed=config.training.seed if run.load_path is None else None,
-        dtype=_DTYPES[config.training.precision],
+        dtype=dtype,
         ds_config=run.resolved.ds_config.values,
         parallel=config.parallel,
         groups=groups,
         recompute=config.training.activation_checkpointing,
         has_position_ids=config.data.document_masking,
-        device=_device(run),
+        kernels=kernels,
+        device=device,
     )
+    for line in kernels.table():
+        logger.info(f"kernels: {line}")
     engine = build_engine(model, config.optimizer, run.resolved.ds_config.values, groups)
     checkpointer = Checkpointer(
         run.directory / "checkpoints",

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megagpt.monitor.progress import Progress
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.batches import MicroBatch
-from megagpt.training.engine import set_learning_rate
+from megagpt.training.engine import expect_gradient, set_learning_rate
 
 _PIPELINE_CHUNK, _CHUNK = 32, 8
 """Micro-batches that an evaluation takes, with and without pipeline, before it looks up."""
@@ -113,6 +113,7 @@ def train_step(
     # DeepSpeed divides by the accumulation steps and averages over dp; we want sum / count.
     scale = len(batches) * groups.topology.data_parallel_size / max(num_tokens, 1)
     set_learning_rate(engine, lr)
+    expect_gradient(engine, scale / len(batches))
     if groups.topology.pipeline_parallel_size > 1:
         engine.module.loss_sum.zero_()
         engine.train_batch(_pipeline_data(batches, scale))

@@ -71,9 +71,7 @@ class LinearCrossEntropy(Protocol):
 class RowPasses(Protocol):
     """What a back end brings: its passes over the rows of a chunk of logits, and over gradients."""
 
-    def statistics(
-        self, logits: torch.Tensor, index: torch.Tensor, num_real: int
-    ) -> torch.Tensor:
+    def statistics(self, logits: torch.Tensor, index: torch.Tensor, num_real: int) -> torch.Tensor:
         """One pass over each row's first num_real logits.
 
         Args:

@@ -8,23 +8,30 @@ import torch
 
 from megagpt.kernels.linear_cross_entropy.chunked import chunked_linear_cross_entropy
 from megagpt.kernels.linear_cross_entropy.contract import Vocabulary
-from megagpt.kernels.native import at, native, native_problem
+from megagpt.kernels.native import POINTER, SIZE, Library, at
+
+_LIBRARY = Library(
+    __file__,
+    {
+        "row_statistics": [POINTER, POINTER, SIZE, SIZE, SIZE, POINTER],
+        "row_gradients": [POINTER] * 5 + [SIZE] * 3,
+        "accumulate": [POINTER, POINTER, SIZE],
+    },
+)
 
 
 def problem(device: torch.device, dtype: torch.dtype, **_: int) -> str | None:
     """Why it cannot run on tensors like these; None if it can."""
-    return native_problem(device, dtype)
+    return _LIBRARY.problem(device, dtype)
 
 
 class _Rows:
     """See `contract.RowPasses`."""
 
-    def statistics(
-        self, logits: torch.Tensor, index: torch.Tensor, num_real: int
-    ) -> torch.Tensor:
+    def statistics(self, logits: torch.Tensor, index: torch.Tensor, num_real: int) -> torch.Tensor:
         out = torch.empty(3, logits.shape[0], dtype=torch.float32)
-        native("row_statistics", logits.dtype)(
-            at(logits), at(index), *logits.shape, num_real, at(out)
+        _LIBRARY.call(
+            "row_statistics", logits.dtype, at(logits), at(index), *logits.shape, num_real, at(out)
         )
         return out
 
@@ -37,12 +44,16 @@ class _Rows:
         target_scale: torch.Tensor,
         num_real: int,
     ) -> None:
-        native("row_gradients", logits.dtype)(
-            *map(at, (logits, index, log_sum_exp, scale, target_scale)), *logits.shape, num_real
+        _LIBRARY.call(
+            "row_gradients",
+            logits.dtype,
+            *map(at, (logits, index, log_sum_exp, scale, target_scale)),
+            *logits.shape,
+            num_real,
         )
 
     def accumulate_(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        native("accumulate", part.dtype)(at(total), at(part), part.numel())
+        _LIBRARY.call("accumulate", part.dtype, at(total), at(part), part.numel())
 
     def scale_unless_one_(
         self, tensors: tuple[torch.Tensor, ...], ratio: torch.Tensor, tolerance: float

@@ -6,15 +6,23 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.kernels.native import at, native, native_problem
+from megagpt.kernels.native import FLOAT, POINTER, SIZE, Library, at
 
 _BLOCKS = 64
 """Runs of rows whose parts of the weight's gradient are summed apart, whatever the threads."""
 
+_LIBRARY = Library(
+    __file__,
+    {
+        "rms_norm_forward": [POINTER] * 6 + [SIZE, SIZE, FLOAT],
+        "rms_norm_backward": [POINTER] * 7 + [SIZE] * 3,
+    },
+)
+
 
 def problem(device: torch.device, dtype: torch.dtype, **_: int) -> str | None:
     """Why it cannot run on tensors like these; None if it can."""
-    return native_problem(device, dtype)
+    return _LIBRARY.problem(device, dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -29,10 +37,13 @@ class _RMSNorm(torch.autograd.Function):
         if residual is not None:
             residual, z = residual.contiguous(), torch.empty_like(x)
         rstd = torch.empty(rows, dtype=torch.float32)
-        native("rms_norm_forward", x.dtype)(
-            *(at(x), at(residual), at(weight), at(y), at(z), at(rstd), rows, size, eps)
+        _LIBRARY.call(
+            "rms_norm_forward",
+            x.dtype,
+            *(at(x), at(residual), at(weight), at(y), at(z), at(rstd), rows, size, eps),
         )
         ctx.save_for_backward(z, weight, rstd)
+        ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
         return y if residual is None else (y, z)
 
@@ -44,11 +55,13 @@ class _RMSNorm(torch.autograd.Function):
         of_x = torch.empty_like(z)
         rows, size = rstd.numel(), z.shape[-1]
         parts = torch.empty(min(_BLOCKS, max(rows, 1)), size, dtype=torch.float32)
-        native("rms_norm_backward", z.dtype)(
+        _LIBRARY.call(
+            "rms_norm_backward",
+            z.dtype,
             *(at(z), at(weight), at(rstd), at(of_y), at(of_z), at(of_x), at(parts)),
             *(rows, size, parts.shape[0]),
         )
-        return of_x, parts.sum(dim=0).to(weight.dtype), None, of_x
+        return of_x, parts.sum(dim=0).to(weight.dtype), None, of_x if ctx.has_residual else None
 
 
 def rms_norm(

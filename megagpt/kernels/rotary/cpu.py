@@ -6,12 +6,19 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.kernels.native import at, native, native_problem
+from megagpt.kernels.native import FLOAT, POINTER, SIZE, Library, at
+
+_LIBRARY = Library(
+    __file__,
+    {
+        "rotary_turn": [POINTER] * 4 + [SIZE] * 4 + [FLOAT],
+    },
+)
 
 
 def problem(device: torch.device, dtype: torch.dtype, **_: int) -> str | None:
     """Why it cannot run on tensors like these; None if it can."""
-    return native_problem(device, dtype)
+    return _LIBRARY.problem(device, dtype)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
@@ -19,8 +26,18 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) 
     x = x.contiguous()
     out = torch.empty_like(x)
     b, s, n, d = x.shape
-    native("rotary_turn", x.dtype)(
-        at(x), at(cos), at(sin), at(out), b * s, n, d // 2, cos.shape[0] * s, sign
+    _LIBRARY.call(
+        "rotary_turn",
+        x.dtype,
+        at(x),
+        at(cos),
+        at(sin),
+        at(out),
+        b * s,
+        n,
+        d // 2,
+        cos.shape[0] * s,
+        sign,
     )
     return out
 
