@@ -122,6 +122,7 @@ def _seconds_of_steps(take_step: Any) -> list[float]:
 def train_megagpt(rank: int, size: int, cell: Cell, shape: Shape, data: str, out: str) -> list:
     """Our own loop: data, step and followers; a step's time is what the run itself logs."""
     from megagpt.config.command_line import parse_config
+    from megagpt.operations.hardware import keep_freed_memory
     from megagpt.training.loop import loop
     from megagpt.training.run import prepare_run, resolve_run
     from megagpt.training.start import start
@@ -134,6 +135,7 @@ def train_megagpt(rank: int, size: int, cell: Cell, shape: Shape, data: str, out
         *("--checkpoint.save_interval", "0", "--data.split", "1,0,0", "--data.path", data),
         *("--output_dir", out),
     ]
+    keep_freed_memory()  # as `pretrain` does
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("megagpt").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     ends = []

@@ -16,7 +16,9 @@ import torch
 Backend = Literal["reference", "triton", "cpu", "cuda"]
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "accumulate": ("cpu",),
     "attention": ("cuda", "cpu"),
+    "gelu": ("cpu",),
     "linear_cross_entropy": ("cpu",),
     "rms_norm": ("cpu",),
     "swiglu": ("cpu",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megagpt.config.schema import ModelConfig
@@ -27,12 +26,12 @@ class MLP(nn.Module):
         self.gate = None
         if config.activation == "swiglu":
             self.gate = ColumnParallelLinear(h, f, bias=config.bias, tp=tp)
-            self.swiglu = kernels.choose("swiglu", size=f // tp.size)
+        self.activate = kernels.choose(config.activation, size=f // tp.size)
         self.down = RowParallelLinear(f, h, bias=config.bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, s, h] -> [b, s, h]; s/tp under sequence parallelism."""
         x = self.tp.enter(x)
         if self.gate is None:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(self.swiglu(self.gate(x), self.up(x)))
+            return self.down(self.activate(self.up(x)))
+        return self.down(self.activate(self.gate(x), self.up(x)))

@@ -16,12 +16,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 from megagpt.config.schema import OptimizerConfig
+from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.operations.prebuild import fused_adam_problem
 from megagpt.parallel.groups import ProcessGroups
 from megagpt.training.optimizer import build_optimizer
@@ -30,7 +32,12 @@ logger = logging.getLogger("megagpt")
 
 
 def build_engine(
-    model: torch.nn.Module, config: OptimizerConfig, ds_config: dict, groups: ProcessGroups
+    model: torch.nn.Module,
+    config: OptimizerConfig,
+    ds_config: dict,
+    groups: ProcessGroups,
+    *,
+    kernels: Kernels = REFERENCE,
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps the model for training under the resolved DeepSpeed configuration.
 
@@ -39,6 +46,7 @@ def build_engine(
         config: AdamW's settings.
         ds_config: Resolved: no "auto", no optimizer or scheduler section.
         groups: Of the layout.
+        kernels: Chooses the one that sums gradients.
 
     Returns:
         The engine; its `get_global_grad_norm()` holds after each step, in every mode.
@@ -69,12 +77,42 @@ def build_engine(
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         # An exception at the first overflow there; `training.max_nonfinite_steps` decides.
         scaler.raise_error_at_min_scale = False
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        _spare_copies(engine, kernels)
     if is_pipeline:
         engine._INSTRUCTION_MAP = {
             **PipelineEngine._INSTRUCTION_MAP,
             schedule.ReduceTiedGrads: reduce_tied_gradients,
         }
     return engine
+
+
+def _spare_copies(engine: deepspeed.DeepSpeedEngine, kernels: Kernels) -> None:
+    """Sums bf16 gradients where the sums are, without copies of them (ZeRO-1).
+
+    DeepSpeed converts each gradient whole before it adds it (0.19.8, `bf16_optimizer.py`,
+    `_update_hp_grad`), and copies the flat sums of all parameter groups together to reduce them,
+    though each is one tensor (`engine.py`, `allreduce_bucket`). The values are the same.
+    """
+    optimizer = engine.optimizer
+    accumulate = kernels.choose("accumulate")
+
+    @torch.no_grad()
+    def update(weight: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+        if weight.grad is None:
+            return
+        total = optimizer.fp32_groups_gradients[group][index]
+        accumulate(total, weight.grad.contiguous())
+        weight._hp_grad = total
+        optimizer.fp32_groups_has_gradients[group][index] = True
+        if clear_lp_grads:
+            weight.grad.zero_()
+
+    optimizer._update_hp_grad = update
+    reduce = engine.buffered_allreduce_fallback
+    engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(
+        grads=grads, elements_per_buffer=0
+    )
 
 
 def _compiles_fused_adam() -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from megagpt.config.command_line import parse_config
 from megagpt.config.refusals import Device
-from megagpt.operations.hardware import share_cores, training_device
+from megagpt.operations.hardware import keep_freed_memory, share_cores, training_device
 from megagpt.operations.prebuild import prepare_builds
 from megagpt.parallel.network import prepare_network
 
@@ -127,6 +127,8 @@ def _prepare_process() -> Device:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     device = training_device()
     share_cores()
+    if device == "cpu":
+        keep_freed_memory()
     # DeepSpeed 0.19.8 calls collectives under names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed loads compiled ops; a lock left by a killed build would hang it for ever.

@@ -88,9 +88,11 @@ def start(run: Run) -> Iterator[Session]:
         kernels=kernels,
         device=device,
     )
+    engine = build_engine(
+        model, config.optimizer, run.resolved.ds_config.values, groups, kernels=kernels
+    )
     for line in kernels.table():
         logger.info(f"kernels: {line}")
-    engine = build_engine(model, config.optimizer, run.resolved.ds_config.values, groups)
     checkpointer = Checkpointer(
         run.directory / "checkpoints",
         engine,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from megagpt.kernels.accumulate.cpu import accumulate
 from megagpt.kernels.linear_cross_entropy.chunked import chunked_linear_cross_entropy
 from megagpt.kernels.linear_cross_entropy.contract import Vocabulary
 from megagpt.kernels.native import POINTER, SIZE, Library, at
@@ -15,7 +16,6 @@ _LIBRARY = Library(
     {
         "row_statistics": [POINTER, POINTER, SIZE, SIZE, SIZE, POINTER],
         "row_gradients": [POINTER] * 5 + [SIZE] * 3,
-        "accumulate": [POINTER, POINTER, SIZE],
     },
 )
 
@@ -53,7 +53,7 @@ class _Rows:
         )
 
     def accumulate_(self, total: torch.Tensor, part: torch.Tensor) -> None:
-        _LIBRARY.call("accumulate", part.dtype, at(total), at(part), part.numel())
+        accumulate(total, part)
 
     def scale_unless_one_(
         self, tensors: tuple[torch.Tensor, ...], ratio: torch.Tensor, tolerance: float

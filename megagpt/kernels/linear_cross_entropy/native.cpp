@@ -47,13 +47,6 @@ void row_gradients(T* logits, const int64_t* index, const float* log_sum_exp, co
   }
 }
 
-// into += part, and nothing of part is rounded.
-template <typename T>
-void accumulate(float* into, const T* part, int64_t size) {
-#pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < size; ++i) into[i] += wide(part[i]);
-}
-
 }  // namespace
 
 #define EXPORT_FOR(T, SUFFIX)                                                                      \
@@ -65,9 +58,6 @@ void accumulate(float* into, const T* part, int64_t size) {
                                                  const float* d, const float* e, int64_t f,        \
                                                  int64_t g, int64_t h) {                           \
     row_gradients(a, b, c, d, e, f, g, h);                                                         \
-  }                                                                                                \
-  extern "C" void megagpt_accumulate_##SUFFIX(float* a, const T* b, int64_t c) {                   \
-    accumulate(a, b, c);                                                                           \
   }
 
 EXPORT_FOR(float, fp32)

@@ -12,8 +12,6 @@ namespace {
 
 #include "../elements.inc"
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-
 template <typename T>
 void swiglu_forward(const T* gate, const T* up, T* out, int64_t size) {
 #pragma omp parallel for simd schedule(static)

@@ -1,0 +1,1 @@
+"""The activation of GPT-2's MLP."""
