@@ -141,7 +141,8 @@ class LanguageModelHead(nn.Module):
         self.tp = tp
         self.z_loss = config.z_loss
         rows = config.padded_vocab_size(tp.size) // tp.size
-        self.vocabulary = Vocabulary(config.vocab_size, first=tp.rank * rows, group=tp.group)
+        group = tp.group if tp.size > 1 else None
+        self.vocabulary = Vocabulary(config.vocab_size, first=tp.rank * rows, group=group)
         self.linear_cross_entropy = kernels.choose(
             "linear_cross_entropy", size=config.hidden_size, rows=rows
         )

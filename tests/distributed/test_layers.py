@@ -6,6 +6,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megagpt.config.schema import ModelConfig
+from megagpt.data.samples.masks import IGNORE_INDEX
+from megagpt.kernels.linear_cross_entropy import cpu, reference
+from megagpt.kernels.linear_cross_entropy.contract import Vocabulary
 from megagpt.model.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -13,7 +16,6 @@ from megagpt.model.layers import (
     TensorParallel,
     VocabParallelEmbedding,
 )
-from megagpt.model.loss import IGNORE_INDEX, linear_cross_entropy, vocab_parallel_cross_entropy
 from megagpt.model.norm import Norm
 from megagpt.parallel.collectives import (
     copy_to_group,
@@ -124,33 +126,26 @@ def cross_entropy_cell(group, rank, size, sequence_parallel):
     targets[0, 0], targets[1, 1] = VOCAB - 1, IGNORE_INDEX
     hidden, table = full(B, S, IN), full(PADDED, IN)
     logits = hidden @ table.T
-    logits.retain_grad()
     expected = F.cross_entropy(
         logits[..., :VOCAB].transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
     )
     expected.backward(upstream)
 
-    mine = shard(logits, -1, rank, size).requires_grad_()
-    before = mine.detach().clone()
-    loss = vocab_parallel_cross_entropy(mine, targets, vocab_size=VOCAB, tp_group=group)
-    close(loss, expected)
-    loss.backward(upstream)
-    close(mine.grad, shard(logits.grad, -1, rank, size))
-    assert torch.equal(mine.detach(), before)
-
-    my_hidden = stream(hidden, sequence_parallel, rank, size).requires_grad_()
-    my_table = shard(table, 0, rank, size).requires_grad_()
-    loss = linear_cross_entropy(
-        my_hidden,
-        my_table,
-        targets,
-        vocab_size=VOCAB,
-        tp=TensorParallel(group, sequence_parallel),
-    )
-    close(loss, expected)
-    loss.backward(upstream)
-    close(my_hidden.grad, stream(hidden.grad, sequence_parallel, rank, size))
-    close(my_table.grad, shard(table.grad, 0, rank, size))
+    tp = TensorParallel(group, sequence_parallel)
+    rows = PADDED // size
+    for backend in (reference, cpu):
+        my_hidden = stream(hidden, sequence_parallel, rank, size).requires_grad_()
+        my_table = shard(table, 0, rank, size).requires_grad_()
+        loss = backend.linear_cross_entropy(
+            tp.enter(my_hidden).flatten(0, 1),
+            my_table,
+            targets.flatten(),
+            vocabulary=Vocabulary(VOCAB, rank * rows, group if size > 1 else None),
+        ).view(B, S)
+        close(loss, expected)
+        loss.backward(upstream)
+        close(my_hidden.grad, stream(hidden.grad, sequence_parallel, rank, size))
+        close(my_table.grad, shard(table.grad, 0, rank, size))
 
 
 def split_norm_cell(group, rank, size, dim):
@@ -159,24 +154,24 @@ def split_norm_cell(group, rank, size, dim):
     Split over heads (dim 2, per-head norms) or over the sequence (dim 1).
     """
     x, upstream = full(B, S, 4, 6), torch.randn(B, S, 4, 6)  # [b, s, n, d]
-    for config, reference in (
+    for config, whole in (
         (ModelConfig(normalization="layernorm"), torch.nn.LayerNorm(6, eps=1e-5)),
         (ModelConfig(normalization="rmsnorm"), torch.nn.RMSNorm(6, eps=1e-5)),
     ):
         split = Norm(config, 6, split_group=group)
         with torch.no_grad():
-            for parameter in reference.parameters():
+            for parameter in whole.parameters():
                 parameter.normal_()
-        split.load_state_dict(reference.state_dict())
+        split.load_state_dict(whole.state_dict())
         x.grad = None
-        expected = reference(x)
+        expected = whole(x)
         expected.backward(upstream)
         mine = shard(x, dim, rank, size).requires_grad_()
-        y = split(mine)
+        y, _ = split(mine)
         close(y, shard(expected, dim, rank, size))
         y.backward(shard(upstream, dim, rank, size))
         close(mine.grad, shard(x.grad, dim, rank, size))
-        for ours, theirs in zip(split.parameters(), reference.parameters(), strict=True):
+        for ours, theirs in zip(split.parameters(), whole.parameters(), strict=True):
             close(ours.grad, theirs.grad)
 
 

@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 
 from megagpt.config.schema import ModelConfig
+from megagpt.data.samples.masks import IGNORE_INDEX
 from megagpt.model.dropout import dropout_keys
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize
 from megagpt.model.layers import TensorParallel
-from megagpt.model.loss import IGNORE_INDEX
 from megagpt.testing.distributed import run_distributed
 
 SHAPE = dict(

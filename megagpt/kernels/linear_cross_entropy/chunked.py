@@ -39,12 +39,13 @@ def log_sum_exp_and_score(
         statistics: [3, c], of `RowPasses.statistics`.
         group: Over which the vocabulary is split.
     """
-    parts = statistics.unsqueeze(0)
+    parts = statistics
     if group is not None:
-        parts = statistics.new_empty(dist.get_world_size(group), *statistics.shape)
+        num_tokens = statistics.shape[1]
+        parts = statistics.new_empty(3 * dist.get_world_size(group), num_tokens)
         # all-gather over tp: each rank's three numbers a row -> all of them
         dist.all_gather_into_tensor(parts, statistics, group=group)
-    largest, total, score = parts.unbind(dim=1)  # [tp, c]
+    largest, total, score = parts.unflatten(0, (-1, 3)).unbind(dim=1)  # [tp, c]
     top = largest.amax(dim=0)
     return top + (total * (largest - top).exp()).sum(dim=0).log(), score.sum(dim=0)
 

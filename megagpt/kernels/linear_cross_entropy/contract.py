@@ -29,7 +29,7 @@ class Vocabulary:
     first: int = 0
     """Token of this rank's first row."""
     group: dist.ProcessGroup | None = None
-    """Over which the rows are split, in the order of its ranks; None where they are whole."""
+    """Over which the rows are split, in the order of its ranks; None where one rank has all."""
 
     def num_real(self, rows: int) -> int:
         """How many of this rank's rows are real tokens; the padding is behind them."""

@@ -8,7 +8,6 @@ import torch
 
 from megagpt.config.schema import ModelConfig
 from megagpt.data.samples.masks import IGNORE_INDEX, document_boundaries, tokens_to_batch
-from megagpt.model.attention import document_mask
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import initialize
 
@@ -34,17 +33,6 @@ def test_positions_begin_again_after_each_end_of_document():
         [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5],
         [0, *range(15)],
     ]
-
-
-def test_the_mask_is_causal_within_documents():
-    mask = document_mask(torch.from_numpy(document_boundaries(TOKENS, EOD)[0]))[:, 0]
-    for row in range(2):
-        ends = np.flatnonzero(TOKENS[row] == EOD)
-        document = [int((ends < i).sum()) for i in range(16)]
-        for query in range(16):
-            for key in range(16):
-                visible = key <= query and document[key] == document[query]
-                assert mask[row, query, key] == visible
 
 
 def test_the_successor_of_an_end_of_document_is_not_scored_on_request():

@@ -8,8 +8,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megagpt.config.schema import ModelConfig
+from megagpt.data.samples.masks import IGNORE_INDEX
 from megagpt.model.gpt import GPTModel, count_parameters
-from megagpt.model.loss import IGNORE_INDEX
 
 VOCAB, PADDED = 61, 64  # the padding is filled with large values: it must not show
 GPT2 = ModelConfig(
