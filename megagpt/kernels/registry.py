@@ -19,10 +19,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "accumulate": ("cpu",),
     "attention": ("cuda", "cpu"),
     "gelu": ("cpu",),
-    "linear_cross_entropy": ("cpu",),
-    "rms_norm": ("cpu",),
-    "swiglu": ("cpu",),
-    "rotary": ("cpu",),
+    "linear_cross_entropy": ("triton", "cpu"),
+    "rms_norm": ("triton", "cpu"),
+    "swiglu": ("triton", "cpu"),
+    "rotary": ("triton", "cpu"),
 }
 """Of each op beside its reference, the fastest first; `cuda` is what torch brings for GPUs."""
 

@@ -58,7 +58,7 @@ class _Rows:
     def scale_unless_one_(
         self, tensors: tuple[torch.Tensor, ...], ratio: torch.Tensor, tolerance: float
     ) -> None:
-        if abs(ratio.item() - 1.0) > tolerance:
+        if not abs(ratio.item() - 1.0) <= tolerance:  # NaN too
             for tensor in tensors:
                 tensor.mul_(ratio)
 
