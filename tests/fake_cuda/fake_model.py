@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megagpt.config.schema import ModelConfig, ParallelConfig, Recompute
 from megagpt.inference.generate import Sampling, generate
+from megagpt.kernels.registry import Kernels
 from megagpt.model.attention import KVCache
 from megagpt.model.build import build_model
 from megagpt.model.dropout import dropout_keys
@@ -73,8 +74,10 @@ def build(config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, recompute
     """A model on the device, its weights of a type from the first (`to` cannot swap fake ones)."""
     try:
         torch.set_default_dtype(dtype)
-        with torch.device("cuda"):
-            return GPTModel(config, tp, recompute=recompute)
+        device = torch.device("cuda")
+        kernels = Kernels("auto", device=device, dtype=dtype)
+        with device:
+            return GPTModel(config, tp, recompute=recompute, kernels=kernels)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -93,7 +96,9 @@ def batch(config: ModelConfig, size: int, *, masked: bool) -> list[torch.Tensor 
     """The arguments of `GPTModel.forward`, made on the host and moved, as training does."""
     tokens = torch.zeros(size, config.seq_length, dtype=torch.int64)
     keys = dropout_keys(torch.arange(size), seed=1, step=1) if config.dropout else None
-    arguments = [tokens, tokens, tokens if masked else None, keys]
+    # Documents of one token each, and as many as that.
+    offsets = torch.arange(tokens.numel() + 1, dtype=torch.int32) if masked else None
+    arguments = [tokens, tokens, tokens if masked else None, keys, offsets]
     return [None if t is None else t.to("cuda", non_blocking=True) for t in arguments]
 
 
@@ -165,4 +170,6 @@ def attention_kernels(watch: DeviceOnly) -> set[str]:
     """Which forward kernels of attention were called; no name: the math kernel."""
     prefix = "aten::_scaled_dot_product_"
     names = {name.removeprefix(prefix) for name in watch.seen if name.startswith(prefix)}
+    if "torch_attn::_varlen_attn" in watch.seen:
+        names.add("varlen")
     return {name.removesuffix("_attention") for name in names if "backward" not in name}

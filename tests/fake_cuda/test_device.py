@@ -37,11 +37,9 @@ CASES = [
 
 def kernel(case):
     """What torch's CUDA build takes, see `guard.cpp`."""
-    kv_heads = case.config.kv_heads // case.tensor_parallel_size
-    grouped = case.config.num_attention_heads // case.tensor_parallel_size != max(kv_heads, 1)
-    if case.dtype in HALF and not case.masked:
-        return {"flash"}
-    return set() if grouped else {"efficient"}
+    if case.dtype in HALF:
+        return {"varlen" if case.masked else "flash"}
+    return {"efficient"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
