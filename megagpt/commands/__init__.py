@@ -28,7 +28,7 @@ VERBS = {
     "import": "Makes a run folder, with a checkpoint at step 0, of a model of transformers.",
     "checkpoint": "Looks into checkpoints: inspect, verify, diff, prune.",
     "parity": "Trains a run under two layouts and compares the losses and norms of each step.",
-    "ops": "Compiles DeepSpeed's ops and the data pipeline's, so that no run waits for them.",
+    "ops": "Compiles DeepSpeed's ops, the data pipeline's and the kernels', so that no run waits.",
     "demo": "From nothing to a trained, evaluated GPT on two CPU processes; needs the repository.",
 }
 """What each verb does: the first line of its file."""

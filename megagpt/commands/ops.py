@@ -1,4 +1,4 @@
-"""Compiles DeepSpeed's ops and the data pipeline's, so that no run waits for them."""
+"""Compiles DeepSpeed's ops, the data pipeline's and the kernels', so that no run waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import logging
 
 from megagpt.data.native import load_native
+from megagpt.kernels.registry import BACKENDS, Kernels
 from megagpt.operations.hardware import training_device
 from megagpt.operations.prebuild import prebuild
 
@@ -20,3 +21,8 @@ def main(options: argparse.Namespace) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     prebuild()
     load_native()  # says so where it cannot be compiled
+    kernels = Kernels("auto")
+    for op in BACKENDS:
+        kernels.choose(op, size=64, head_size=64, rows=64)
+    for line in kernels.table():
+        print(line)

@@ -18,6 +18,7 @@ Backend = Literal["reference", "triton", "cpu", "cuda"]
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "accumulate": ("cpu",),
     "attention": ("cuda", "cpu"),
+    "dropout": ("triton", "cpu"),
     "gelu": ("cpu",),
     "linear_cross_entropy": ("triton", "cpu"),
     "rms_norm": ("triton", "cpu"),

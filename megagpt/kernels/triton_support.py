@@ -47,4 +47,4 @@ def num_warps(block: int) -> int:
 
     With fewer warps a row of 8,192 spills registers to memory on sm_90.
     """
-    return min(max(block // 512, 4), 32)
+    return min(max(block // 512, 1), 32)

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
 from megagpt.kernels.attention.contract import Documents
+from megagpt.kernels.dropout.contract import Dropout
+from megagpt.kernels.dropout.reference import dropout
 from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.model.dropout import Site, keyed_dropout
 from megagpt.model.layers import (
@@ -93,8 +95,10 @@ class SequenceContext:
     """Within which attention stays; None: each sample is one."""
     dropout_keys: torch.Tensor | None = None
     """[b], from `dropout_keys`; None drops nothing."""
-    dropout: float = 0.0
-    """Probability of dropping an element."""
+    dropout_probability: float = 0.0
+    """Of dropping an element."""
+    dropout: Dropout = dropout
+    """The back end."""
     stream_group: Group = None
     """Over which the residual stream is split, see `TensorParallel`."""
     cache: KVCache | None = None
@@ -105,9 +109,10 @@ class SequenceContext:
         return keyed_dropout(
             x,
             self.dropout_keys,
-            probability=self.dropout,
+            probability=self.dropout_probability,
             layer=layer,
             site=site,
+            dropout=self.dropout,
             sequence_start=group_rank(self.stream_group) * x.shape[1],
         )
 

@@ -2,7 +2,7 @@
 
 So no layout, no accumulation and no recomputation changes or repeats a mask, and no generator has
 state to save. Each sample has a SplitMix64 stream, of which an element takes its own number.
-Next file: `keyed_numbers.py`.
+Next files: `megagpt/kernels/dropout/`.
 """
 
 # b micro-batch, s sequence, h hidden; s/tp only under sequence parallelism
@@ -13,10 +13,8 @@ from enum import IntEnum
 
 import torch
 
-from megagpt.model.keyed_numbers import GOLDEN, mix_, shift_right
-
-_BITS = 24
-"""Bits of a number that are compared with the probability."""
+from megagpt.kernels.dropout.contract import Dropout
+from megagpt.kernels.splitmix import GOLDEN, mix_
 
 
 class Site(IntEnum):
@@ -50,6 +48,7 @@ def keyed_dropout(
     probability: float,
     layer: int,
     site: Site,
+    dropout: Dropout,
     sequence_start: int = 0,
 ) -> torch.Tensor:
     """Zeroes elements and scales the others by 1 / (1 - probability).
@@ -60,6 +59,7 @@ def keyed_dropout(
         probability: Of dropping an element, to 24 bits.
         layer: Index of the block.
         site: Where in the block.
+        dropout: The back end.
         sequence_start: Position of x's first token in the sequence.
 
     Returns:
@@ -67,12 +67,5 @@ def keyed_dropout(
     """
     if keys is None or probability == 0:
         return x
-    s, h = x.shape[1:]
     stream = mix_(keys ^ mix_(torch.full_like(keys, layer * len(Site) + site) + GOLDEN))  # [b]
-    first = sequence_start * h + 1
-    counters = torch.arange(first, first + s * h, device=x.device) * GOLDEN  # [s*h]
-    numbers = shift_right(mix_(stream.unsqueeze(-1) + counters), 64 - _BITS)  # [b, s*h]
-    kept = (numbers >= round(probability * (1 << _BITS))).view(x.shape)
-    return torch.where(
-        kept, x / (1.0 - probability), torch.zeros((), dtype=x.dtype, device=x.device)
-    )
+    return dropout(x, stream, first=sequence_start * x.shape[-1], probability=probability)

@@ -18,6 +18,7 @@ from torch import nn
 
 from megagpt.config.schema import ModelConfig, Recompute
 from megagpt.kernels.attention.contract import Documents
+from megagpt.kernels.dropout.reference import dropout
 from megagpt.kernels.linear_cross_entropy.contract import Vocabulary
 from megagpt.kernels.registry import REFERENCE, Kernels
 from megagpt.model.attention import (
@@ -202,6 +203,7 @@ class GPTModel(nn.Module):
         super().__init__()
         self.config = config
         self.loss_gradient = 1.0
+        self.dropout = kernels.choose("dropout") if config.dropout else dropout
         self.stage = stage = stage or whole_model(config)
         self.stream_group = tp.stream_group
         tied_weight = None
@@ -309,7 +311,8 @@ class GPTModel(nn.Module):
             rotary=rotary,
             documents=documents,
             dropout_keys=dropout_keys if self.training else None,
-            dropout=self.config.dropout,
+            dropout_probability=self.config.dropout,
+            dropout=self.dropout,
             stream_group=self.stream_group,
             cache=cache,
         )

@@ -12,6 +12,8 @@ import hashlib
 
 import torch
 
+from megagpt.kernels.splitmix import GOLDEN, mix_, shift_right, signed
+
 _PAIRS_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 22}
 """On a CPU what its cache holds, on a GPU what keeps it busy."""
 
@@ -33,36 +35,10 @@ _LOG_2 = 0.6931471824645996
 _SQRT_HALF_BITS = 0x3F3504F3  # of sqrt(1/2) in float32
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of a 64-bit constant; torch's int64 products wrap around."""
-    value %= 1 << 64
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-GOLDEN = _signed(0x9E3779B97F4A7C15)
-"""SplitMix64's distance from one state to the next."""
-_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
-
-
-def shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """The bits of int64 moved down, zeros moved in."""
-    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)  # >> copies the sign
-
-
-def mix_(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function, in place, on int64 bits.
-
-    Source: Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195.
-    """
-    z.bitwise_xor_(shift_right(z, 30)).mul_(_MULTIPLIERS[0])
-    z.bitwise_xor_(shift_right(z, 27)).mul_(_MULTIPLIERS[1])
-    return z.bitwise_xor_(shift_right(z, 31))
-
-
 def key_of(*words: object) -> int:
     """An int64 key: equal for equal words, else as good as random."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return _signed(int.from_bytes(digest[:8], "little"))
+    return signed(int.from_bytes(digest[:8], "little"))
 
 
 def standard_normal(

@@ -60,7 +60,7 @@ class Row:
 # A layer of the 8B shape keeps, in units of 64 MiB ([8192, 4096] of bf16): its input, both norms'
 # outputs and the sum between (4), query and attended (2), key and value (0.5), and of the MLP gate,
 # up and product (3 x 3.5), 17 in all, and 1 MiB of attention's sums: 1,089. The loss: the output
-# weight's gradient in fp32 and once in bf16 (3,006), hidden states' (64) and a chunk of logits (250).
+# weight's gradient in fp32 and in bf16 (3,006), hidden states' (64) and a chunk of logits (250).
 ROWS = (
     Row("8B", Job(_8B), (2836, 2836, 130, 1089, 3321, 736, 8465)),
     Row(

@@ -78,7 +78,8 @@ def test_text_to_a_model_that_writes(place):
     assert "step=3\n" in evaluated and "bits_per_byte=" in evaluated
     generate = "generate --checkpoint run --prompt Permission --max_new_tokens 5"
     assert check(place, command, *generate.split()).startswith("Permission")
-    assert list((place / "cache/megagpt").glob("native_*.so"))
+    for library in ("data", "attention", "linear_cross_entropy"):
+        assert list((place / "cache/megagpt").glob(f"{library}_native_*.so"))
     layouts = "parity --a zero1 --b zero2 --steps 1 --".split()
     settings = RUN[1 : RUN.index("--output_dir")] + RUN[RUN.index("run") + 1 :]
     assert "equal: tolerances" in check(place, command, *layouts, *settings)

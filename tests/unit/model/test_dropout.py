@@ -1,7 +1,9 @@
 """Keyed dropout: SplitMix64 to the bit, and nothing but the key decides."""
 
+import pytest
 import torch
 
+from megagpt.kernels.dropout import cpu, reference
 from megagpt.model.dropout import Site, dropout_keys, keyed_dropout
 
 MASK = (1 << 64) - 1
@@ -17,7 +19,7 @@ def splitmix(z):
 def drop(keys, layer=0, site=Site.MLP, shape=(2, 6, 10), start=0, probability=0.25):
     return keyed_dropout(
         torch.ones(shape), keys, probability=probability, layer=layer, site=site,
-        sequence_start=start,
+        sequence_start=start, dropout=reference.dropout,
     )  # fmt: skip
 
 
@@ -63,3 +65,20 @@ def test_the_share_dropped_and_the_mean_are_right():
 
 def test_without_keys_or_probability_nothing_is_dropped():
     assert (drop(None) == 1).all() and (drop(KEYS, probability=0.0) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpus_equals_the_definition_to_the_last_bit_both_ways(dtype):
+    torch.manual_seed(0)
+    x, upstream = torch.randn(2, 3, 7, 333).to(dtype)
+    stream = torch.randint(-(2**63), 2**63 - 1, (3,))
+    outcomes = []
+    for backend in (reference, cpu):
+        own = x.clone().requires_grad_()
+        out = backend.dropout(own, stream, first=2**40 + 3, probability=0.1)
+        out.backward(upstream)
+        outcomes.append((out.detach(), own.grad))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    # Autograd divides by another rounding of the same number.
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1])
+    assert torch.equal(outcomes[0][1] == 0, outcomes[1][1] == 0)
