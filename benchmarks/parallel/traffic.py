@@ -42,8 +42,8 @@ CAUSES = {
     "tied weight": "The embedding is released between its two uses and gathered for each.",
     "embedding": "The sum of the vocabulary-parallel embedding leaves a parallel region.",
     "output layer": "The output layer enters a parallel region.",
-    "cross entropy": "Maximum, target score and sum of exp of each row, fp32: "
-    "megagpt/model/loss.py.",
+    "cross entropy": "Maximum, sum of exp and target score of each row, fp32, of each rank: "
+    "megagpt/kernels/linear_cross_entropy/chunked.py.",
     "recomputation": "The all-reduce after attention runs again; recomputation ends before the "
     "MLP's, whose result backward does not need.",
     "partial gradients": "Whole weights that see a part of the tokens or heads: their gradients "
@@ -159,7 +159,8 @@ def _tensor_parallel(setting: Setting, shapes: list[Shape]) -> Iterator[Term]:
         yield from region_ends("embedding", 1, excess={"embedding": 1})
     if stage.is_last:
         yield from region_ends("output layer", 1, excess={"output layer": 1})
-        yield ours("cross entropy", 3 * setting.num_tokens * _FP32_BYTES)
+        gathered = size * 3 * setting.num_tokens * _FP32_BYTES
+        yield Term("cross entropy", "all-gather", "tp", k * gathered, size, {"cross entropy": 1})
     if setting.layout.recompute == "full":
         assert not config.parallel.sequence_parallel, "not measured"
         yield ours("recomputation", num_layers * activation)

@@ -238,7 +238,8 @@ class TrainingConfig:
     """Back end of the fused operations: the fastest that runs here, plain torch, Triton's on a GPU,
     or compiled C++ on a CPU; the log tells what each layer got."""
     activation_checkpointing: Recompute = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or attention only."""
+    """What the backward pass recomputes: nothing, whole blocks (full), or what is large and cheap,
+    the MLP's activation (selective)."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     max_nonfinite_steps: int = 10

@@ -7,14 +7,12 @@ Attention and positions stay within documents where position ids restart at 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
 from megagpt.kernels.attention.contract import Documents
@@ -117,15 +115,6 @@ class SequenceContext:
         )
 
 
-def call(
-    function: Callable[..., torch.Tensor], *arguments: object, recompute: bool
-) -> torch.Tensor:
-    """Calls a function; recompute: backward calls it again instead of keeping what it computed."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return function(*arguments)
-
-
 class Attention(nn.Module):
     """Self-attention of one block.
 
@@ -133,7 +122,6 @@ class Attention(nn.Module):
         config: Model shape.
         tp: Over which heads are split; key/value heads fewer than its ranks are shared by them.
         layer: Index of the block, for the KV cache.
-        recompute: Whether backward computes scores and softmax again instead of keeping them.
         kernels: Chooses those of rotary positions and per-head norms.
     """
 
@@ -143,14 +131,12 @@ class Attention(nn.Module):
         tp: TensorParallel,
         *,
         layer: int,
-        recompute: bool,
         kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.head_size = config.head_size
         self.tp = tp
-        self.recompute = recompute
         h = config.hidden_size
         self.query = ColumnParallelLinear(h, h, bias=config.bias, tp=tp)
         self.key = _key_or_value(config, tp)
@@ -182,8 +168,7 @@ class Attention(nn.Module):
             query, key = self.rotary(query, key, *context.rotary)
         value = heads(self.value(x))
         if context.cache is None:
-            arguments = (query, key, value, context.documents)
-            attended = call(self.attend, *arguments, recompute=self.recompute)
+            attended = self.attend(query, key, value, context.documents)
         else:
             attended = self._attend_to_cache(query, key, value, context.cache)
         return self.output(attended.view(b, s, -1))

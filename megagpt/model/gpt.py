@@ -25,7 +25,6 @@ from megagpt.model.attention import (
     Attention,
     KVCache,
     SequenceContext,
-    call,
     rotary_tables,
 )
 from megagpt.model.dropout import Site
@@ -37,6 +36,7 @@ from megagpt.model.layers import (
 )
 from megagpt.model.mlp import MLP
 from megagpt.model.norm import Norm
+from megagpt.model.recompute import call
 from megagpt.parallel.collectives import copy_to_group
 from megagpt.parallel.groups import Group, group_rank, group_size
 from megagpt.parallel.partition import PipelineStage, whole_model
@@ -86,7 +86,7 @@ class Block(nn.Module):
         tp: What splits each layer, and under sequence parallelism input and output.
         layer: Index of the block.
         recompute: What backward computes again instead of keeping it: the whole block (`full`),
-            scores and softmax of attention (`selective`), or nothing.
+            the activation's product in the MLP, its largest tensor (`selective`), or nothing.
         kernels: Chooses those of its layers.
     """
 
@@ -104,11 +104,9 @@ class Block(nn.Module):
         self.recompute = recompute == "full"
         h = config.hidden_size
         self.attention_norm = Norm(config, h, split_group=tp.stream_group, kernels=kernels)
-        self.attention = Attention(
-            config, tp, layer=layer, recompute=recompute == "selective", kernels=kernels
-        )
+        self.attention = Attention(config, tp, layer=layer, kernels=kernels)
         self.mlp_norm = Norm(config, h, split_group=tp.stream_group, kernels=kernels)
-        self.mlp = MLP(config, tp, kernels=kernels)
+        self.mlp = MLP(config, tp, recompute=recompute == "selective", kernels=kernels)
 
     def forward(self, x: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """[b, s, h] -> [b, s, h], s/tp under sequence parallelism."""
