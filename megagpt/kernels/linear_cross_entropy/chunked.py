@@ -101,6 +101,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 scale = torch.full_like(lse, gradient).masked_fill_(ignored[chunk], 0.0)
                 _to_gradients_(logits, index[chunk], lse, scale, z_loss, num_real, rows)
                 grads.add(chunk, logits)
+            del logits  # before the next chunk makes its own
         if grads is not None:
             ctx.save_for_backward(hidden, weight, index, ignored, log_sum_exp)
             ctx.grads = grads.finished()
@@ -124,6 +125,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             scale = grad_output[chunk].to(lse.dtype).masked_fill(ignored[chunk], 0.0)
             _to_gradients_(logits, index[chunk], lse, scale, z_loss, num_real, rows)
             again.add(chunk, logits)
+            del logits
         return *again.finished(), None, None, None, None, None, None
 
 
