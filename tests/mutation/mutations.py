@@ -149,8 +149,8 @@ SEQUENCE_PARALLELISM = (
         "dropout as if the part were the whole",
         "A dropout mask depends on the place in the whole sequence, not in a rank's part.",
         "model/attention.py",
-        "site=site,\n            sequence_start=group_rank(self.stream_group) * x.shape[1],",
-        "site=site,\n            sequence_start=mark(0),",
+        "sequence_start=group_rank(self.stream_group) * x.shape[1],",
+        "sequence_start=mark(0),",
         ("tp2-sp-zero1-full gpt2 fp32 dropout",),
     ),
 )
