@@ -59,7 +59,7 @@ def test_command_exists_and_takes_its_flags(command, tmp_path, monkeypatch):
     elif program == "pip":
         installed("pip")
     elif program == "pkill":
-        pass  # tried by tests/distributed/test_training.py
+        pass  # tried by tests/distributed/test_launch.py
     elif program == "megagpt":
         verb, arguments = words[0], words[1:]
         if verb == "parity":

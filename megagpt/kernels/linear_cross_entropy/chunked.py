@@ -50,31 +50,31 @@ def log_sum_exp_and_score(
     return top + (total * (largest - top).exp()).sum(dim=0).log(), score.sum(dim=0)
 
 
-def chunked_linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    vocabulary: Vocabulary,
-    *,
-    z_loss: float,
-    gradient: float,
-    rows: RowPasses,
-) -> torch.Tensor:
+class ChunkedLinearCrossEntropy:
     """See `contract.LinearCrossEntropy`.
 
     Args:
-        hidden: As there.
-        weight: As there.
-        targets: As there.
-        vocabulary: As there.
-        z_loss: As there.
-        gradient: As there.
-        rows: The back end's.
+        rows: The back end's passes.
     """
-    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedLinearCrossEntropy.apply(
-        hidden, weight, targets, vocabulary, z_loss, gradient, rows, with_grad
-    )
+
+    def __init__(self, rows: RowPasses) -> None:
+        self._rows = rows
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        vocabulary: Vocabulary,
+        z_loss: float = 0.0,
+        gradient: float = 1.0,
+    ) -> torch.Tensor:
+        """As there."""
+        with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        return _ChunkedLinearCrossEntropy.apply(
+            hidden, weight, targets, vocabulary, z_loss, gradient, self._rows, with_grad
+        )
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):

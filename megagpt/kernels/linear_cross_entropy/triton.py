@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.kernels.linear_cross_entropy.chunked import chunked_linear_cross_entropy
-from megagpt.kernels.linear_cross_entropy.contract import Vocabulary
+from megagpt.kernels.linear_cross_entropy.chunked import ChunkedLinearCrossEntropy
 from megagpt.kernels.triton_support import triton_problem
 
 
@@ -99,19 +98,5 @@ class _Rows:
                 _scale_unless_one(tensor, ratio, tolerance)
 
 
-_ROWS = _Rows()
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    vocabulary: Vocabulary,
-    z_loss: float = 0.0,
-    gradient: float = 1.0,
-) -> torch.Tensor:
-    """See `contract.LinearCrossEntropy`."""
-    return chunked_linear_cross_entropy(
-        hidden, weight, targets, vocabulary, z_loss=z_loss, gradient=gradient, rows=_ROWS
-    )
+linear_cross_entropy = ChunkedLinearCrossEntropy(_Rows())
+"""See `contract.LinearCrossEntropy`."""

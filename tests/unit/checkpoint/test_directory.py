@@ -1,73 +1,24 @@
-"""Which step is the newest, what a kill leaves, and what retention lets go."""
+"""Which step of a run folder is the newest."""
 
-import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from megagpt.checkpoint import directory as directory_module
+sys.path.insert(0, str(Path(__file__).parent))
+from saved_steps import Run, damage_manifest  # noqa: E402
+
 from megagpt.checkpoint.directory import (
     LATEST_FILE,
-    complete_steps,
     find_checkpoint,
     find_checkpoints,
-    line_of_steps,
     newest_readable,
-    newest_sha256,
-    publish,
     read_latest,
-    remove_leftovers,
-    remove_step,
-    staging_directory,
     step_directory,
-    steps_to_remove,
     write_latest,
 )
 from megagpt.checkpoint.format.manifest import MANIFEST_FILE, read_manifest
-
-
-class Run:
-    """Saves steps as a run does, without tensors that matter."""
-
-    def __init__(self, root, write_checkpoint):
-        self.checkpoints = root / "checkpoints"
-        self.write_checkpoint = write_checkpoint
-        self.previous = None
-        self.line = ()
-        self.num_saves = 0
-        self.num_resumes = 0
-
-    def resume(self, step):
-        self.num_resumes += 1  # a step that is saved anew is another one
-        self.previous = newest_sha256(self.checkpoints)
-        manifest = read_manifest(step_directory(self.checkpoints, step))
-        self.line = ((step, manifest.sha256), *manifest.line)
-
-    def stage(self, step):
-        written = self.write_checkpoint(
-            self.checkpoints / "elsewhere",
-            step,
-            previous=self.previous,
-            line=self.line,
-            created=f"2030-01-01T00:00:{self.num_saves:02d}.000+00:00",
-            tokenizer_sha256=str(self.num_resumes),
-        )
-        staging = staging_directory(step_directory(self.checkpoints, step))
-        written.rename(staging)
-        return staging
-
-    def save(self, step, *, is_named=True):
-        self.num_saves += 1
-        target = step_directory(self.checkpoints, step)
-        publish(self.stage(step), target)
-        self.previous = read_manifest(target).sha256
-        self.line = ((step, self.previous), *self.line)
-        if is_named:
-            write_latest(self.checkpoints, step, self.previous)
-
-    def found(self):
-        return [int(path.name[-8:]) for path in find_checkpoints(self.checkpoints.parent)]
 
 
 @pytest.fixture
@@ -80,13 +31,6 @@ def steps(run):
     for step in (10, 20, 30):
         run.save(step)
     return run
-
-
-def damage_manifest(checkpoints, step):
-    path = step_directory(checkpoints, step) / MANIFEST_FILE
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_newest_comes_first_and_every_folder_means_it(steps):
@@ -317,128 +261,3 @@ def test_all_damaged_tells_the_last_one(steps):
         damage_manifest(steps.checkpoints, step)
     with pytest.raises(ValueError, match=f"step_00000010/{MANIFEST_FILE} is damaged"):
         newest_readable(steps.checkpoints)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that runs after it may be relied on."""
-
-
-def kill_before(number, patch):
-    """Kills before the given of the operations on folders that follow, counted from 1."""
-    calls = 0
-
-    def counted(operation):
-        def run(*arguments, **keywords):
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                raise Killed
-            return operation(*arguments, **keywords)
-
-        return run
-
-    for owner, name in ((Path, "rename"), (shutil, "rmtree"), (directory_module, "sync_directory")):
-        patch.setattr(owner, name, counted(getattr(owner, name)))
-
-
-@pytest.mark.parametrize(("number", "is_old"), [(n, n <= 4) for n in range(1, 7)])
-def test_kill_within_publish_leaves_one_whole_step_of_the_name(steps, monkeypatch, number, is_old):
-    target = step_directory(steps.checkpoints, 30)
-    old = read_manifest(target).sha256
-    steps.resume(20)
-    staging = steps.stage(30)
-    new = read_manifest(staging).sha256
-    assert new != old
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_before(number, patch)
-        publish(staging, target)
-    assert steps.found() == [30, 20, 10]
-    assert newest_readable(steps.checkpoints).sha256 == (old if is_old else new)
-    remove_leftovers(steps.checkpoints)
-    assert sorted(os.listdir(steps.checkpoints)) == [
-        *("elsewhere", LATEST_FILE, "step_00000010", "step_00000020", "step_00000030")
-    ]
-    assert read_manifest(target).sha256 == (old if is_old else new)
-
-
-def test_leftovers_go_and_nothing_else(steps):
-    checkpoints = steps.checkpoints
-    for name in (".staging_step_00000040", ".removed_step_00000005", ".replaced_step_00000020"):
-        (checkpoints / name).mkdir()
-        (checkpoints / name / "weights").write_text("")
-    (checkpoints / "latest.tmp123").write_text("")
-    (checkpoints / "notes.txt").write_text("mine")
-    remove_leftovers(checkpoints)
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
-        *("elsewhere", LATEST_FILE, "notes.txt"),
-        *("step_00000010", "step_00000020", "step_00000030"),
-    ]
-    remove_leftovers(checkpoints.parent / "absent")
-
-
-def test_removed_step_is_gone(steps):
-    remove_step(step_directory(steps.checkpoints, 20))
-    assert steps.found() == [30, 10]
-    assert sorted(os.listdir(steps.checkpoints)) == [
-        *("elsewhere", LATEST_FILE, "step_00000010", "step_00000030")
-    ]
-
-
-@pytest.mark.parametrize(("number", "is_left"), [(n, n <= 2) for n in range(1, 5)])
-def test_kill_within_a_removal_leaves_all_of_a_step_or_none(steps, monkeypatch, number, is_left):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_before(number, patch)
-        remove_step(step_directory(steps.checkpoints, 20))
-    assert (20 in complete_steps(steps.checkpoints)) == is_left
-    remove_leftovers(steps.checkpoints)
-    assert step_directory(steps.checkpoints, 20).exists() == is_left
-    assert not [name for name in os.listdir(steps.checkpoints) if name.startswith(".")]
-
-
-@pytest.mark.parametrize(
-    ("line", "keep_last", "keep_every", "expected"),
-    [
-        ([40, 30, 20, 10], 0, 0, []),
-        ([40, 30, 20, 10], 0, 20, []),
-        ([40, 30, 20, 10], 1, 0, [10, 20, 30]),
-        ([40, 30, 20, 10], 2, 0, [10, 20]),
-        ([40, 30, 20, 10], 4, 0, []),
-        ([40, 30, 20, 10], 9, 0, []),
-        ([40, 30, 20, 10], 1, 20, [10, 30]),
-        ([40, 30, 20, 10], 1, 30, [10, 20]),
-        ([40, 30, 20, 10], 2, 1, []),
-        ([10], 1, 0, []),
-        ([], 1, 0, []),
-    ],
-)
-def test_retention(line, keep_last, keep_every, expected):
-    assert steps_to_remove(line, keep_last=keep_last, keep_every=keep_every) == expected
-
-
-def test_retention_never_takes_a_step_of_another_line(steps):
-    steps.resume(20)
-    for step in (25, 35, 45, 55):
-        steps.save(step)
-        left = complete_steps(steps.checkpoints)
-        for gone in steps_to_remove(list(line_of_steps(left, step)), keep_last=2, keep_every=0):
-            remove_step(left[gone])
-    assert list(complete_steps(steps.checkpoints)) == [30, 45, 55]
-
-
-def test_step_under_its_replaced_name_is_removed_without_a_trace(steps):
-    target = step_directory(steps.checkpoints, 20)
-    target.rename(target.with_name(f".replaced_{target.name}"))
-    assert steps.found() == [30, 20, 10]
-    remove_step(complete_steps(steps.checkpoints)[20])
-    assert sorted(os.listdir(steps.checkpoints)) == [
-        *("elsewhere", LATEST_FILE, "step_00000010", "step_00000030")
-    ]
-
-
-def test_replaced_step_comes_back_where_the_new_one_is_not_whole(steps):
-    target = step_directory(steps.checkpoints, 20)
-    target.rename(target.with_name(f".replaced_{target.name}"))
-    target.mkdir()  # no manifest in it
-    remove_leftovers(steps.checkpoints)
-    assert read_manifest(target).state.step == 20
-    assert not [name for name in os.listdir(steps.checkpoints) if name.startswith(".")]
