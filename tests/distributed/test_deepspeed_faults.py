@@ -4,6 +4,7 @@ Then our mending, and its line in docs/deepspeed.md, can go.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,12 +335,60 @@ def test_zero_init_ignores_the_type_where_fp16_is_not_supported(monkeypatch):
     assert init.dtype == torch.bfloat16
 
 
+def copies_of(function):
+    """Names of the operations that converted a tensor or put several together."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.name() in ("aten::_to_copy", "aten::cat"):
+                self.seen.append(func.name())
+            return result
+
+    with Copies() as copies:
+        function()
+    return copies.seen
+
+
+def test_bf16_gradients_are_copied_whole_before_they_are_added():
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.bfloat16))
+    weight.grad = torch.ones(8, dtype=torch.bfloat16)
+    optimizer = SimpleNamespace(
+        autoep_folding_tp_group=None,
+        fp32_groups_gradients=[[torch.zeros(8)]],
+        fp32_groups_has_gradients=[[False]],
+    )
+    made = copies_of(lambda: BF16_Optimizer._update_hp_grad(optimizer, weight, 0, 0, False))
+    assert made == ["aten::_to_copy"]
+    assert optimizer.fp32_groups_gradients[0][0].tolist() == [1.0] * 8
+
+
+def test_flat_sums_of_two_groups_are_copied_together_to_be_reduced():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    reduced = []
+    engine = SimpleNamespace(allreduce_and_copy=lambda bucket, *_: reduced.append(len(bucket)))
+    sums = [torch.zeros(8), torch.zeros(8)]
+    DeepSpeedEngine.allreduce_no_retain(engine, sums, None)
+    assert reduced == [2], "one bucket, which is flattened"
+    reduced.clear()
+    DeepSpeedEngine.allreduce_no_retain(engine, sums, None, numel_per_bucket=0)
+    assert reduced == [1, 1], "what we ask for: one tensor is no copy"
+
+
 def test_every_fault_is_written_down():
     page = (Path(__file__).resolve().parents[2] / "docs/deepspeed.md").read_text()
     for words in (
         "takes the world for one rank", "`get_global_grad_norm()` is None", "unsupported mix",
         "`.grad_accum`", "`clear_lp_grads`", "float16", "`zero.Init(dtype=...)`",
         "zero_hpz_partition_size", "least fp16 loss scale", "`stage3_module_granularity_threshold`",
-        "`ThroughputTimer`", "TORCH_CUDA_ARCH_LIST=9.0a",
+        "`ThroughputTimer`", "TORCH_CUDA_ARCH_LIST=9.0a", "`BF16_Optimizer` (ZeRO-1, bf16)",
     ):  # fmt: skip
         assert words in page, words

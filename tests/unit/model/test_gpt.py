@@ -1,10 +1,13 @@
 """GPTModel on one rank: KV cache, names, tied weights, and no collective without a group."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megagpt.config.schema import ModelConfig
+from megagpt.kernels.registry import Kernels
 from megagpt.model.attention import KVCache
 from megagpt.model.gpt import GPTModel, count_parameters
 from megagpt.model.initialization import initialize
@@ -100,3 +103,21 @@ def test_bf16_stays_near_fp32():
     assert rounded.dtype == torch.float32
     # 2 layers of bf16 (2^-9 relative a rounding) at logits of about 3
     assert (rounded.mean() - loss.mean()).abs() < 0.05
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_z_loss_is_in_the_training_loss_and_its_gradients_and_not_in_validation(backend):
+    tokens = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(0))
+    losses, gradients = {}, {}
+    for z_loss in (0.0, 0.1):
+        config = dataclasses.replace(GPT2, z_loss=z_loss)
+        model = GPTModel(config, kernels=Kernels(backend))
+        initialize(model, config, seed=1)
+        losses[z_loss, "valid"] = model.eval()(tokens, tokens).detach()
+        losses[z_loss, "train"] = model.train()(tokens, tokens)
+        losses[z_loss, "train"].sum().backward()
+        gradients[z_loss] = model.embedding.word.weight.grad
+    assert torch.equal(losses[0.1, "valid"], losses[0.0, "valid"])
+    squares = model.logits(tokens).logsumexp(-1).square()
+    torch.testing.assert_close(losses[0.1, "train"], losses[0.0, "train"] + 0.1 * squares)
+    assert not torch.allclose(gradients[0.1], gradients[0.0], rtol=1e-2)

@@ -1,6 +1,7 @@
 """A GPU that does not start is told of; a CPU run touches none."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -115,3 +116,32 @@ def test_a_cpu_run_on_a_host_with_gpus_starts_none_of_them(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "device: CPU (" in done.stdout
+
+
+# Makes 64 MiB and frees them; MiB that the process has in the end, and pages cleared in the last two
+# rounds. In the first ones small blocks come to lie between the large ones, which do not fit again.
+FAULTS = """
+import resource, sys, torch
+from megagpt.operations.hardware import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+counts = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24).fill_(1.0)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+with open("/proc/self/statm") as file:
+    pages = int(file.read().split()[1])
+print(sum(counts[-2:]), pages * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library is not glibc")
+def test_memory_that_is_freed_is_not_cleared_anew():
+    counts, mib = {}, {}
+    for how in ("given back", "kept"):
+        command = [sys.executable, "-c", FAULTS, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        counts[how], mib[how] = map(int, done.stdout.split())
+    assert counts["kept"] < 100 < counts["given back"], counts
+    assert mib["kept"] - mib["given back"] < 12 * 64, mib
