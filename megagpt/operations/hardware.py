@@ -85,7 +85,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
-        # The bound for blocks of their own cannot be raised above 32 MiB; there can be none of them.
+        # The bound for blocks of their own cannot rise above 32 MiB; there can be none of them.
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
