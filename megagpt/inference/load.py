@@ -16,6 +16,7 @@ from megagpt.config.schema import Config
 from megagpt.data.datasets import data_tokenizer_path, first_manifest, first_prefix
 from megagpt.data.tokenizers.load import load_tokenizer, tokenizer_sha256
 from megagpt.data.tokenizers.protocol import Tokenizer
+from megagpt.kernels.registry import Kernels
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import VOCABULARY_WEIGHTS
 
@@ -34,17 +35,23 @@ class LoadedModel:
     """Optimizer steps it was trained for."""
 
 
-def build_model(config: Config, weights: dict[str, torch.Tensor]) -> GPTModel:
+def build_model(
+    config: Config,
+    weights: dict[str, torch.Tensor],
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008, a constant
+) -> GPTModel:
     """The model of a configuration with weights by canonical name.
 
     Args:
         config: As trained; model.vocab_size is set.
         weights: Whole tensors; a tied output weight is absent.
+        device: Where the model will work.
 
     Raises:
         ValueError: If names or shapes are not those of the configuration.
     """
-    model = GPTModel(config.model)
+    model = GPTModel(config.model, kernels=Kernels("auto", device=device))
     parameters = dict(model.canonical_parameters())
     assert config.model.vocab_size is not None
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -65,7 +72,7 @@ def build_model(config: Config, weights: dict[str, torch.Tensor]) -> GPTModel:
         for name, parameter in parameters.items():
             parameter.zero_()
             parameter[: len(weights[name])].copy_(weights[name])
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(device)
 
 
 def load(
@@ -85,7 +92,8 @@ def load(
     tokenizer = open_tokenizer(state.config, tokenizer_path, eod=eod)
     # The accelerator that DeepSpeed would take.
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-    model = build_model(state.config, weights).to("cpu" if on_cpu else "cuda")
+    device = torch.device("cpu" if on_cpu else "cuda")
+    model = build_model(state.config, weights, device=device)
     return LoadedModel(model, tokenizer, state.config, state.step)
 
 

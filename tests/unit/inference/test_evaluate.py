@@ -13,6 +13,7 @@ from megagpt.data.preprocessing.preprocess import preprocess
 from megagpt.data.tokenizers.byte import ByteTokenizer
 from megagpt.inference.evaluate import evaluate, read_split
 from megagpt.inference.load import build_model
+from megagpt.kernels.registry import Kernels
 from megagpt.model.gpt import GPTModel
 from megagpt.model.initialization import VOCABULARY_WEIGHTS, initialize
 
@@ -30,7 +31,7 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    model = GPTModel(SHAPE)
+    model = GPTModel(SHAPE, kernels=Kernels("auto"))  # as a checkpoint is opened
     initialize(model, SHAPE, seed=1)
     return model.requires_grad_(False).eval()
 

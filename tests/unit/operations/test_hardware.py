@@ -118,8 +118,8 @@ def test_a_cpu_run_on_a_host_with_gpus_starts_none_of_them(tmp_path):
     assert "device: CPU (" in done.stdout
 
 
-# Makes 64 MiB and frees them; tells the pages cleared in the last two rounds and the MiB held in the
-# end. In the first rounds small blocks come to lie between large ones, which do not fit again.
+# Makes 64 MiB and frees them; tells the pages cleared in the last two rounds, and the MiB held in
+# the end. In the first rounds small blocks come to lie between large ones, which do not fit again.
 FAULTS = """
 import resource, sys, torch
 from megagpt.operations.hardware import keep_freed_memory
