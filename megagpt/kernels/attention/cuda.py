@@ -8,9 +8,14 @@ only, which knows no grouped queries: keys and values are repeated for it.
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from megagpt.kernels.attention.contract import Documents
 
@@ -29,35 +34,51 @@ def problem(device: torch.device, dtype: torch.dtype, *, head_size: int, **_: in
     return None
 
 
+@lru_cache
+def _varlen() -> tuple[Callable[..., Any], dict[str, Any], bool] | None:
+    """Torch's variable-length attention, what makes it causal, whether it knows grouped queries.
+
+    None before torch 2.10. Its arguments have changed since: `is_causal` became `window_size`, and
+    `enable_gqa` came.
+    """
+    try:
+        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ModuleNotFoundError:
+        return None
+    names = inspect.signature(function).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    return function, causal, "enable_gqa" in names
+
+
+def _repeated(heads: torch.Tensor, times: int) -> torch.Tensor:
+    """[b, s, k, d] -> [b, s, n, d]: each key or value head once for each of its queries'."""
+    return heads.repeat_interleave(times, dim=2)
+
+
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents | None
 ) -> torch.Tensor:
     """See `contract.Attention`."""
     b, s, n, d = query.shape
-    is_grouped = n != key.shape[2]
-    if documents is not None and query.dtype in _LOW_PRECISION:
-        attended = varlen_attn(
-            query.flatten(0, 1),  # [b*s, n, d]
-            key.flatten(0, 1),  # [b*s, k, d]
-            value.flatten(0, 1),
-            documents.offsets,
-            documents.offsets,
-            max_q=s,
-            max_k=s,
-            window_size=(-1, 0),  # causal
-            enable_gqa=is_grouped,
-        )
-        assert isinstance(attended, torch.Tensor)  # no more was asked for
-        return attended.view(b, s, n, d)
-    if is_grouped and query.dtype not in _LOW_PRECISION:
-        key, value = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (key, value))
-        is_grouped = False
+    times = n // key.shape[2]
+    varlen = _varlen() if documents is not None and query.dtype in _LOW_PRECISION else None
+    if documents is not None and varlen is not None:
+        function, options, knows_groups = varlen
+        if times > 1 and not knows_groups:
+            key, value, times = _repeated(key, times), _repeated(value, times), 1
+        if times > 1:
+            options = {**options, "enable_gqa": True}
+        packed = (x.flatten(0, 1) for x in (query, key, value))  # [b*s, n or k, d]
+        offsets = documents.offsets
+        return function(*packed, offsets, offsets, s, s, **options).view(b, s, n, d)
+    if times > 1 and query.dtype not in _LOW_PRECISION:
+        key, value, times = _repeated(key, times), _repeated(value, times), 1
     mask = None
-    if documents is not None:  # fp32: no kernel of torch's has both documents and this type
+    if documents is not None:  # no kernel of torch's has both documents and this type
         places = torch.arange(s, device=query.device)
         mask = (places >= documents.first.unsqueeze(-1)).tril_().unsqueeze(1)  # [b, 1, s, s]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     attended = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=times > 1
     )
     return attended.transpose(1, 2).contiguous()

@@ -1,6 +1,7 @@
 """Attention: the definition's mask, and each back end that runs here against the definition."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data.samples.masks import document_boundaries
-from megagpt.kernels.attention import cpu
+from megagpt.kernels.attention import cpu, cuda
 from megagpt.kernels.attention.contract import Documents
 from megagpt.kernels.attention.reference import attention
 
@@ -121,3 +122,51 @@ def test_the_number_of_threads_changes_no_bit(dtype):
 def test_head_sizes_that_vectors_do_not_fit_are_refused_with_the_reason():
     assert "head_size=24" in cpu.problem(DEVICE, torch.float32, head_size=24)
     assert "float64" in cpu.problem(DEVICE, torch.float64, head_size=64)
+
+
+def by_document(query, key, value, offsets):
+    """What variable-length attention does, one sequence after the other."""
+    parts = []
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        q, k, v = (x[begin:end].transpose(0, 1).float() for x in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=len(q) != len(k)
+        )
+        parts.append(attended.transpose(0, 1).to(query.dtype))
+    return torch.cat(parts)
+
+
+def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    assert is_causal and query.shape == key.shape == value.shape and max_q == max_k
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    return by_document(query, key, value, cu_seq_q)
+
+
+def of_torch_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
+):
+    assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
+    return by_document(query, key, value, cu_seq_q)
+
+
+@pytest.mark.parametrize("torchs", [of_torch_2_10, of_torch_2_13, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [4, 2])
+def test_a_gpus_hands_torch_the_documents_whatever_its_release(torchs, dtype, k, monkeypatch):
+    module = SimpleNamespace(varlen_attn=torchs)
+
+    def find(name):
+        if torchs is None:
+            raise ModuleNotFoundError(name)
+        return module
+
+    monkeypatch.setattr(cuda.importlib, "import_module", find)
+    cuda._varlen.cache_clear()
+    torch.manual_seed(0)
+    query = torch.randn(2, 11, 4, 16).to(dtype)
+    key, value = torch.randn(2, 2, 11, k, 16).to(dtype)
+    documents = random_documents(np.random.default_rng(0), 2, 11)
+    ours = cuda.attention(query, key, value, documents)
+    cuda._varlen.cache_clear()
+    exact = attention(*(x.double() for x in (query, key, value)), documents)
+    assert (ours.double() - exact).norm() / exact.norm() < TOLERANCE[dtype]
